@@ -1,0 +1,1 @@
+"""Measurements: workloads, providers, timing, and the rows that tables are made from."""

@@ -1,0 +1,85 @@
+"""Time of one call: CUDA-graph replays with the L2 flushed, or wall clock on CPU; interleaved."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+
+import torch
+
+Call = Callable[[], object]
+
+# Written before every sample: several times the largest L2 (126 MB), so that no cache row survives.
+FLUSH_BYTES = 512 << 20
+
+
+def measure(calls: dict[str, Call], device: torch.device, samples: int) -> dict[str, list[float]]:
+    """Microseconds of each call, `samples` times, one after the other in every round.
+
+    Interleaving puts all providers under the same clocks; only their ratio within a run is meant
+    to be quoted.
+    """
+    if device.type == "cuda":
+        return _measure_cuda(calls, samples)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(samples):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - start) * 1e6)
+    return times
+
+
+def _measure_cuda(calls: dict[str, Call], samples: int) -> dict[str, list[float]]:
+    graphs = {name: _capture(call) for name, call in calls.items()}
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    warm_up = 3
+    for round_number in range(samples + warm_up):
+        for name, graph in graphs.items():
+            flush.fill_(round_number % 251)
+            start = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            if round_number >= warm_up:
+                times[name].append(start.elapsed_time(end) * 1e3)
+    return times
+
+
+def _capture(call: Call) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def quantiles(times: list[float]) -> tuple[float, float, float]:
+    """p20, p50 and p80."""
+    values = torch.tensor(times, dtype=torch.float64)
+    low, middle, high = torch.quantile(values, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+    return round(float(low), 2), round(float(middle), 2), round(float(high), 2)
+
+
+def sm_clock(device: torch.device) -> int:
+    """The SM clock in MHz now, 0 where it cannot be read."""
+    if device.type != "cuda":
+        return 0
+    command = ("nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return int(done.stdout.split()[0])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return 0

@@ -1,0 +1,1 @@
+"""Drop-in modules under the names that engines import today."""

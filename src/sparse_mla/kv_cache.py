@@ -1,0 +1,252 @@
+"""A paged KV cache: pages of bytes, a layout that says what they mean, and slot arithmetic.
+
+Slot = page * page_size + offset; the indices that attention takes are slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .kv_layout import KVLayout, get_layout
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Pages of one layer's KV cache.
+
+    Attributes:
+        pages: [num_pages, page bytes] uint8. `pages.stride(0)` is the page stride; it may exceed
+            the packed size, as when layers share a pool.
+        page_size: tokens per page, any number >= 1.
+        layout: what the bytes mean.
+        token_stride: bytes from one token's row to the next, at least `layout.row_bytes`.
+    """
+
+    pages: torch.Tensor
+    page_size: int
+    layout: KVLayout
+    token_stride: int
+
+    @classmethod
+    def empty(
+        cls,
+        pages: int,
+        page_size: int,
+        layout: str | KVLayout = "v32_fp8",
+        *,
+        device: torch.device | str | None = None,
+        page_stride: int | None = None,
+    ) -> KVCache:
+        """A cache of `pages` uninitialised pages.
+
+        Args:
+            page_stride: bytes from one page to the next; default the packed size. It must be a
+                multiple of 16, so that rows of a 16-byte layout stay aligned.
+        """
+        layout = get_layout(layout)
+        if pages < 0:
+            raise ValueError(f"pages is {pages}, must be >= 0")
+        if page_size < 1:
+            raise ValueError(f"page_size is {page_size}, must be >= 1")
+        packed = layout.page_bytes(page_size)
+        stride = packed if page_stride is None else page_stride
+        if stride < packed or stride % 16:
+            raise ValueError(
+                f"page_stride is {stride}, must be a multiple of 16 and >= {packed}, the packed "
+                f"size of {page_size} tokens in {layout.name}"
+            )
+        storage = torch.empty(pages, stride, dtype=torch.uint8, device=device)
+        return cls(storage[:, :packed], page_size, layout, layout.row_bytes)
+
+    @classmethod
+    def from_tensor(
+        cls, tensor: torch.Tensor, layout: str | KVLayout, page_size: int | None = None
+    ) -> KVCache:
+        """Wrap an engine's cache tensor without copying.
+
+        Args:
+            tensor: [num_pages, page_size, (1,) width] with a contiguous last dim: bytes (uint8,
+                int8 or float8_e4m3fn, width = bytes per token) or, for the bf16 layouts, bfloat16
+                (width = d_qk). Page and token strides may be padded. Or [num_pages, page bytes]
+                together with `page_size`.
+            layout: the layout's name. It is never inferred from the width.
+            page_size: needed for a 2-D tensor; otherwise read off the shape.
+        """
+        layout = get_layout(layout)
+        raw = _as_bytes(tensor, layout)
+        if raw.dim() == 2:
+            if page_size is None or page_size < 1:
+                raise ValueError(f"page_size is {page_size}, a 2-D cache tensor needs one >= 1")
+            need = layout.page_bytes(page_size)
+            if raw.shape[1] < need:
+                raise ValueError(
+                    f"tensor has pages of {raw.shape[1]} bytes, {page_size} tokens of "
+                    f"{layout.name} need {need}"
+                )
+            return cls(raw, page_size, layout, layout.row_bytes)
+        if raw.dim() == 4:
+            if raw.shape[2] != 1:
+                raise ValueError(f"tensor has shape {tuple(tensor.shape)}, dim 2 (KV heads) must be 1")
+            raw = raw.squeeze(2)
+        if raw.dim() != 3:
+            raise ValueError(f"tensor has {tensor.dim()} dims, allowed: 2, 3 or 4")
+        if page_size is not None and page_size != raw.shape[1]:
+            raise ValueError(f"page_size is {page_size}, the tensor's shape says {raw.shape[1]}")
+        pages, size, width = raw.shape
+        if size < 1:
+            raise ValueError(f"tensor has shape {tuple(tensor.shape)}, the page size must be >= 1")
+        if width != layout.bytes_per_token:
+            raise ValueError(
+                f"tensor has {width} bytes per token, layout {layout.name} has "
+                f"{layout.bytes_per_token}"
+            )
+        page_stride = raw.stride(0) if pages > 1 else layout.page_bytes(size)
+        token_stride = raw.stride(1) if size > 1 else layout.row_bytes
+        if layout.planar:
+            if token_stride != layout.bytes_per_token and size > 1:
+                raise ValueError(
+                    f"tensor has token stride {token_stride}, the planar layout {layout.name} "
+                    f"needs packed pages (stride {layout.bytes_per_token})"
+                )
+            span, token_stride = size * layout.bytes_per_token, layout.row_bytes
+        else:
+            if token_stride < layout.row_bytes:
+                raise ValueError(
+                    f"tensor has token stride {token_stride}, layout {layout.name} needs at "
+                    f"least {layout.row_bytes} bytes"
+                )
+            span = (size - 1) * token_stride + layout.row_bytes
+        if pages > 1 and page_stride < span:
+            raise ValueError(f"tensor has page stride {page_stride}, a page spans {span} bytes")
+        view = raw.as_strided((pages, span), (max(page_stride, span), 1))
+        return cls(view, size, layout, token_stride)
+
+    @property
+    def num_pages(self) -> int:
+        return self.pages.shape[0]
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens the cache can hold; valid indices lie in [0, num_slots)."""
+        return self.pages.shape[0] * self.page_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.pages.device
+
+    def rows_view(self) -> torch.Tensor:
+        """The tokens' rows, [num_pages, page_size, row_bytes] uint8, a view."""
+        return self.pages.as_strided(
+            (self.num_pages, self.page_size, self.layout.row_bytes),
+            (self.pages.stride(0), self.token_stride, 1),
+        )
+
+    def footers_view(self) -> torch.Tensor:
+        """The scale table after the rows, [num_pages, page_size, footer_bytes] uint8, a view."""
+        start = self.page_size * self.layout.row_bytes if self.layout.planar else 0
+        return self.pages.as_strided(
+            (self.num_pages, self.page_size, self.layout.footer_bytes),
+            (self.pages.stride(0), self.layout.footer_bytes, 1),
+            self.pages.storage_offset() + start,
+        )
+
+    def tensor(self) -> torch.Tensor:
+        """The cache in FlashMLA's shape [num_pages, page_size, 1, bytes per token] uint8, a view.
+
+        Planar layouts must be packed: that shape describes their pages only as a whole.
+        """
+        if not self.layout.planar:
+            return self.rows_view().unsqueeze(2)
+        width = self.layout.bytes_per_token
+        return self.pages.as_strided(
+            (self.num_pages, self.page_size, 1, width), (self.pages.stride(0), width, width, 1)
+        )
+
+    def append(
+        self,
+        latent: torch.Tensor,
+        rope: torch.Tensor | None,
+        slots: torch.Tensor,
+        *,
+        scale_rounding: str = "amax",
+    ) -> None:
+        """Quantise tokens and write them to their slots.
+
+        Args:
+            latent: [n, latent width] floats.
+            rope: [n, RoPE width] floats; None where the layout has no separate RoPE part.
+            slots: [n] int32 or int64; -1 skips the token. Slots must be distinct.
+            scale_rounding: "amax" (scale = amax/448, fp32) or "pow2" (rounded up to a power of 2).
+
+        Raises:
+            ValueError: wrong shape, dtype or device; a slot below -1 or >= num_slots.
+        """
+        layout = self.layout
+        _check_part("latent", latent, layout.latent.count, slots, self.device)
+        if layout.rope is not None:
+            _check_part("rope", rope, layout.rope.count, slots, self.device)
+        elif rope is not None:
+            raise ValueError(f"rope is given, layout {layout.name} stores no RoPE part")
+        slots = slots.to(torch.int64)
+        bad = (slots < -1) | (slots >= self.num_slots)
+        if bool(bad.any()):
+            raise ValueError(
+                f"slots holds {int(slots[bad][0])}, allowed: -1 (skip) or 0..{self.num_slots - 1}"
+            )
+        keep = slots >= 0
+        slots, latent = slots[keep], latent[keep]
+        rope = None if rope is None else rope[keep]
+        rows, footers = layout.pack(latent, rope, scale_rounding)
+        page, offset = slots // self.page_size, slots % self.page_size
+        self.rows_view()[page, offset] = rows
+        if layout.planar:
+            self.footers_view()[page, offset] = footers
+
+    def read(self, slots: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """Logical rows [n, d_qk] of the given slots [n], dequantised in `dtype`.
+
+        float64 is exact. Every slot must lie in [0, num_slots).
+        """
+        slots = slots.to(torch.int64)
+        page, offset = slots // self.page_size, slots % self.page_size
+        rows = self.rows_view()[page, offset]
+        footers = self.footers_view()[page, offset]
+        return self.layout.unpack(rows, footers, dtype)
+
+
+def _as_bytes(tensor: torch.Tensor, layout: KVLayout) -> torch.Tensor:
+    allowed: tuple[torch.dtype, ...] = (torch.uint8, torch.int8, torch.float8_e4m3fn)
+    if not layout.quantised:
+        allowed = (torch.uint8, torch.bfloat16)
+    if tensor.dtype not in allowed:
+        raise ValueError(
+            f"tensor has dtype {tensor.dtype}, layout {layout.name} takes "
+            f"{', '.join(str(d) for d in allowed)}"
+        )
+    if tensor.dim() < 2 or tensor.stride(-1) != 1:
+        raise ValueError(
+            f"tensor has shape {tuple(tensor.shape)} and strides {tensor.stride()}, the last dim "
+            "must be contiguous"
+        )
+    return tensor.view(torch.uint8)
+
+
+def _check_part(
+    name: str, part: torch.Tensor | None, width: int, slots: torch.Tensor, device: torch.device
+) -> None:
+    if part is None:
+        raise ValueError(f"{name} is None, the layout stores {width} values per token")
+    if slots.dim() != 1 or slots.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"slots has shape {tuple(slots.shape)} and dtype {slots.dtype}, must be [n] int32 or int64"
+        )
+    if part.shape != (slots.shape[0], width):
+        raise ValueError(f"{name} has shape {tuple(part.shape)}, must be ({slots.shape[0]}, {width})")
+    if not part.is_floating_point():
+        raise ValueError(f"{name} has dtype {part.dtype}, must be floating point")
+    if part.device != device or slots.device != device:
+        raise ValueError(
+            f"{name} is on {part.device} and slots on {slots.device}, the cache is on {device}"
+        )

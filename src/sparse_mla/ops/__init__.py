@@ -1,0 +1,1 @@
+"""One folder per op; in each: interface, kernels by backend, launch configuration."""

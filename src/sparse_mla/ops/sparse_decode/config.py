@@ -1,0 +1,51 @@
+"""Launch choices of the portable Triton kernels, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...arch import Arch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How `triton_kernel.attend` is launched.
+
+    Attributes:
+        block_h: heads per program, at least 16 (the smallest tensor-core tile).
+        block_t: tokens per step.
+        value_blocks: programs that share the 512 output dims; each computes all logits.
+        num_warps: warps per program.
+        stages: depth of the software pipeline over steps.
+        programs_per_sm: programs that fit an SM at once; splits aim at filling them.
+    """
+
+    block_h: int
+    block_t: int
+    value_blocks: int
+    num_warps: int
+    stages: int
+    programs_per_sm: int
+
+
+# Tokens per step, value blocks and depth were chosen on an H200 (b=128, topk 2048, v32_fp8) among
+# about 120 launches of the kernel's variants. Deeper pipelines did not help: the loads of a step
+# overlap with the other program on the SM. Times in us.
+HEADS_16_WIDE = Launch(16, 64, 1, 4, 2, 2)  # h=16: 140; block_t 32: 147
+HEADS_16 = Launch(16, 32, 1, 4, 2, 2)  # 55 KB of shared memory: two programs on a 99 KB SM's pair
+HEADS_32 = Launch(32, 32, 1, 4, 2, 2)  # h=32: 187; with a cp.async pipeline 202
+# h=64: 286; one program for all 512 dims needs 8 warps, exchanges P between them: 327
+HEADS_64 = Launch(64, 32, 2, 4, 2, 2)
+
+# HEADS_64 takes 108 KB of shared memory, twice that to have two programs on an SM.
+LARGE_SHARED_MEMORY = 160 * 1024
+
+
+def launch_for(machine: Arch, heads: int, quantised: bool) -> Launch:
+    """The launch for a machine, number of heads and kind of cache."""
+    large = machine.shared_memory >= LARGE_SHARED_MEMORY
+    if heads <= 16:
+        return HEADS_16_WIDE if large and quantised else HEADS_16
+    if heads <= 32 or not large:
+        return HEADS_32
+    return HEADS_64

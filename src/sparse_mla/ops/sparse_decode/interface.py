@@ -1,0 +1,130 @@
+"""Sparse decode: every query token attends to its own list of cache slots.
+
+Reading path: `decode` (this file) checks and dispatches; backends.py says who can run; cpu.py and
+triton.py compute; config.py holds the Triton launch choices. docs/semantics.md is the contract.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ... import arch, dispatch
+from ...kv_cache import KVCache
+from ...kv_layout import get_layout
+from ..checks import check_indices, check_query, check_scale, check_vector
+
+
+def decode(
+    q: torch.Tensor,
+    cache: KVCache,
+    indices: torch.Tensor,
+    *,
+    scale: float | None = None,
+    topk_length: torch.Tensor | None = None,
+    attn_sink: torch.Tensor | None = None,
+    extra_cache: KVCache | None = None,
+    extra_indices: torch.Tensor | None = None,
+    extra_topk_length: torch.Tensor | None = None,
+    batch_invariant: bool = False,
+    num_splits: int | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sparse MLA attention of decode queries over a paged cache.
+
+    Args:
+        q: [b, s_q, h_q, d_qk] bf16, last dim contiguous; 1 <= h_q <= 128.
+        cache: the KV cache; its layout says what the bytes mean.
+        indices: [b, s_q, topk] int32 slots (page * page_size + offset). Entries outside
+            [0, cache.num_slots) are ignored and never loaded; repeated entries count repeatedly.
+        scale: logits are scale * <q, k>; default d_qk ** -0.5.
+        topk_length: [b] int32; only the first so many entries of a sequence's lists count.
+        attn_sink: [h_q] float32; out is scaled by exp(lse) / (exp(lse) + exp(sink)).
+        extra_cache, extra_indices, extra_topk_length: not there yet.
+        batch_invariant: a row's bits do not depend on what else is in the batch.
+        num_splits: pieces that each list is cut into, merged afterwards; default chosen by shape.
+        backend: "triton" or "cpu"; default the first that supports the call (see `explain`).
+
+    Returns:
+        out [b, s_q, h_q, d_v] bf16 and lse [b, s_q, h_q] float32, the natural log of the sum of
+        exponentials. A query with nothing valid gets out 0 and lse -inf.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value is not allowed.
+        NotImplementedError: an option is not there yet, or no backend supports the call.
+    """
+    if not isinstance(cache, KVCache):
+        raise ValueError(f"cache is {type(cache).__name__}, must be a sparse_mla.KVCache")
+    check_query(q, ("b", "s_q", "h_q", "d_qk"), cache)
+    b, s_q, heads, d_qk = q.shape
+    check_indices(indices, (b, s_q), q)
+    check_vector("topk_length", topk_length, b, torch.int32, q)
+    check_vector("attn_sink", attn_sink, heads, torch.float32, q)
+    for name, value in (
+        ("extra_cache", extra_cache),
+        ("extra_indices", extra_indices),
+        ("extra_topk_length", extra_topk_length),
+    ):
+        if value is not None:
+            raise NotImplementedError(f"{name} is not supported yet")
+    if num_splits is not None and num_splits < 1:
+        raise ValueError(f"num_splits is {num_splits}, must be >= 1")
+    return torch.ops.sparse_mla.sparse_decode(
+        q,
+        cache.pages,
+        cache.layout.name,
+        cache.page_size,
+        cache.token_stride,
+        indices,
+        topk_length,
+        attn_sink,
+        check_scale(scale, d_qk),
+        num_splits or 0,
+        batch_invariant,
+        backend or "",
+    )
+
+
+@torch.library.custom_op("sparse_mla::sparse_decode", mutates_args=())
+def _sparse_decode(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    layout: str,
+    page_size: int,
+    token_stride: int,
+    indices: torch.Tensor,
+    topk_length: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+    scale: float,
+    num_splits: int,
+    batch_invariant: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    cache = KVCache(pages, page_size, get_layout(layout), token_stride)
+    request = dispatch.Request(
+        op="decode",
+        layout=layout,
+        heads=q.shape[2],
+        tokens=q.shape[0] * q.shape[1],
+        topk=indices.shape[-1],
+    )
+    run = dispatch.choose(request, arch.of(q.device), backend or None).load()
+    return run(q, cache, indices, topk_length, attn_sink, scale, num_splits, batch_invariant)
+
+
+@_sparse_decode.register_fake
+def _(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    layout: str,
+    page_size: int,
+    token_stride: int,
+    indices: torch.Tensor,
+    topk_length: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+    scale: float,
+    num_splits: int,
+    batch_invariant: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = q.new_empty((*q.shape[:-1], get_layout(layout).d_v))
+    return out, q.new_empty(q.shape[:-1], dtype=torch.float32)

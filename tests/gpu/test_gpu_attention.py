@@ -1,0 +1,181 @@
+"""The Triton kernels on this machine's GPU, against the float64 oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sparse_mla
+from sparse_mla import KVCache, reference
+
+torch.set_grad_enabled(False)
+pytestmark = pytest.mark.gpu
+
+LAYOUTS = ("v32_fp8", "bf16", "bf16_nope")
+
+
+def make_cache(layout: str, pages: int, page_size: int, **kwargs: int) -> KVCache:
+    """A cache with every second slot written and 0xff (NaN everywhere) in all other bytes."""
+    cache = KVCache.empty(pages, page_size, layout, device="cuda", **kwargs)
+    cache.pages.fill_(0xFF)
+    slots = torch.arange(0, cache.num_slots, 2, device="cuda")
+    latent = torch.randn(len(slots), 512, device="cuda")
+    latent *= torch.exp(torch.randn(len(slots), 1, device="cuda"))
+    rope = torch.randn(len(slots), 64, device="cuda") if cache.layout.rope else None
+    cache.append(latent, rope, slots)
+    return cache
+
+
+def make_call(cache: KVCache, b: int, s_q: int, heads: int, topk: int) -> dict[str, torch.Tensor]:
+    """Hostile arguments for decode: invalid entries of every kind, lengths, sinks."""
+    q = torch.randn(b, s_q, heads, cache.layout.d_qk, device="cuda").to(torch.bfloat16)
+    indices = torch.randint(0, cache.num_slots // 2, (b, s_q, topk), device="cuda") * 2
+    bad = torch.tensor([-1, -2, cache.num_slots, 2**31 - 1, -(2**31)], device="cuda")
+    where = torch.rand(b, s_q, topk, device="cuda") < 0.2
+    indices[where] = bad[torch.randint(0, 5, (int(where.sum()),), device="cuda")]
+    if topk > 64:
+        indices[0, :, :64] = -1
+    length = torch.randint(0, topk + 1, (b,), device="cuda")
+    length[0] = topk
+    sink = torch.randn(heads, device="cuda")
+    sink[0] = float("inf") if heads > 1 else 0.0
+    return {
+        "q": q,
+        "indices": indices.to(torch.int32),
+        "topk_length": length.to(torch.int32),
+        "attn_sink": sink,
+    }
+
+
+def assert_close(out: torch.Tensor, lse: torch.Tensor, want: reference.Reference) -> None:
+    """Within 1.7 times ideal rounding, and the same rows empty."""
+    assert torch.equal(lse == float("-inf"), want.lse == float("-inf"))
+    assert torch.isfinite(out).all()
+    assert (out[want.lse == float("-inf")] == 0).all()
+    some = want.lse > float("-inf")
+    if not some.any():
+        return
+    assert (lse.double() - want.lse)[some].abs().max() < 1e-4
+    norm = want.out.norm()
+    ideal = (want.out.to(torch.bfloat16).double() - want.out).norm() / norm
+    assert (out.double() - want.out).norm() / norm <= 1.7 * ideal
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("heads", (1, 5, 8, 16, 20, 32, 33, 64, 96, 128))
+@pytest.mark.parametrize("splits", (None, 1, 2, 7, 16))
+def test_decode(layout: str, heads: int, splits: int | None) -> None:
+    torch.manual_seed(heads)
+    cache = make_cache(layout, 40, 61)
+    call = make_call(cache, b=3, s_q=2, heads=heads, topk=333)
+    out, lse = sparse_mla.decode(cache=cache, scale=0.05, num_splits=splits, **call)
+    assert_close(out, lse, reference.decode(cache=cache, scale=0.05, **call))
+
+
+@pytest.mark.parametrize("page_size", (1, 2, 53, 64, 256))
+@pytest.mark.parametrize("topk", (0, 1, 63, 64, 65, 100, 2047))
+def test_page_sizes_and_topk(page_size: int, topk: int) -> None:
+    torch.manual_seed(topk)
+    cache = make_cache("v32_fp8", 1024 // page_size, page_size, page_stride=656 * page_size + 656)
+    call = make_call(cache, b=2, s_q=1, heads=16, topk=topk)
+    out, lse = sparse_mla.decode(cache=cache, scale=0.05, **call)
+    assert_close(out, lse, reference.decode(cache=cache, scale=0.05, **call))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("heads", (8, 64, 128))
+def test_prefill(layout: str, heads: int) -> None:
+    torch.manual_seed(heads)
+    cache = make_cache(layout, 500, 1)
+    call = make_call(cache, b=70, s_q=1, heads=heads, topk=300)
+    call["q"], call["indices"] = call["q"][:, 0], call["indices"][:, 0]
+    want = reference.prefill(kv=cache, scale=0.05, **call)
+    out, max_logits, lse = sparse_mla.prefill(kv=cache, scale=0.05, **call)
+    assert_close(out, lse, want)
+    some = want.lse > float("-inf")
+    assert (max_logits.double() - want.max_logits)[some].abs().max() < 1e-4
+    assert (max_logits[~some] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("page", (2**31 // (64 * 656), 2**32 // (64 * 656)))
+def test_slots_past_int32(page: int) -> None:
+    need = (page + 2) * 64 * 656
+    if torch.cuda.mem_get_info()[0] < need + (1 << 30):
+        pytest.skip(f"needs {need >> 20} MiB of GPU memory")
+    cache = KVCache.empty(page + 2, 64, "v32_fp8", device="cuda")
+    cache.pages.fill_(0xFF)
+    slots = torch.arange((page - 1) * 64, (page + 2) * 64, device="cuda")
+    cache.append(
+        torch.randn(len(slots), 512, device="cuda"),
+        torch.randn(len(slots), 64, device="cuda"),
+        slots,
+    )
+    q = torch.randn(1, 1, 64, 576, device="cuda").to(torch.bfloat16)
+    indices = slots.to(torch.int32).view(1, 1, -1)
+    out, lse = sparse_mla.decode(q, cache, indices)
+    assert_close(out, lse, reference.decode(q, cache, indices))
+
+
+@pytest.mark.parametrize("heads", (16, 32, 64))
+def test_same_bits_every_time(heads: int) -> None:
+    cache = make_cache("v32_fp8", 64, 64)
+    call = make_call(cache, b=4, s_q=1, heads=heads, topk=1000)
+    first = sparse_mla.decode(cache=cache, **call)
+    for _ in range(50):
+        again = sparse_mla.decode(cache=cache, **call)
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
+
+
+def test_batch_invariant() -> None:
+    cache = make_cache("v32_fp8", 64, 64)
+    call = make_call(cache, b=64, s_q=1, heads=16, topk=1500)
+    out, lse = sparse_mla.decode(cache=cache, batch_invariant=True, **call)
+    for row in (0, 17, 63):
+        one = {k: v if k == "attn_sink" else v[row : row + 1].clone() for k, v in call.items()}
+        alone, alone_lse = sparse_mla.decode(cache=cache, batch_invariant=True, **one)
+        assert torch.equal(alone[0], out[row])
+        assert torch.equal(alone_lse[0], lse[row])
+
+
+@pytest.mark.parametrize("batch", (1, 200))
+def test_graph_replay_with_new_contents_and_lengths(batch: int) -> None:
+    cache = make_cache("v32_fp8", 64, 64)
+    call = make_call(cache, b=batch, s_q=1, heads=16, topk=1024)
+    sparse_mla.decode(cache=cache, **call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = sparse_mla.decode(cache=cache, **call)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        fresh = make_call(cache, b=batch, s_q=1, heads=16, topk=1024)
+        for name, tensor in call.items():
+            tensor.copy_(fresh[name])
+        out.fill_(float("nan"))
+        graph.replay()
+        assert_close(out, lse, reference.decode(cache=cache, **call))
+
+
+def test_torch_compile() -> None:
+    cache = make_cache("v32_fp8", 64, 64)
+    call = make_call(cache, b=4, s_q=1, heads=16, topk=512)
+
+    def step(q: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        out, lse = sparse_mla.decode(q * 2, cache, indices)
+        return out.float() * 3 + lse[..., None].clamp_min(-1e4)
+
+    compiled = torch.compile(step, fullgraph=True)
+    args = call["q"], call["indices"]
+    torch.testing.assert_close(compiled(*args), step(*args), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("page_stride", (656 * 64 + 4, 656 * 64 + 8))
+def test_pool_strides_that_are_not_multiples_of_16(page_stride: int) -> None:
+    packed = make_cache("v32_fp8", 20, 64)
+    pool = torch.full((20, page_stride), 0xFF, dtype=torch.uint8, device="cuda")
+    pool[:, : 656 * 64] = packed.pages
+    cache = KVCache(pool[:, : 656 * 64], 64, packed.layout, 656)
+    call = make_call(cache, b=2, s_q=1, heads=8, topk=200)
+    out, lse = sparse_mla.decode(cache=cache, **call)
+    assert_close(out, lse, reference.decode(cache=cache, **call))
