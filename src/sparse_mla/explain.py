@@ -10,13 +10,12 @@ from .dispatch import Answer, Request
 from .ops.sparse_decode.config import launch_for
 
 
-def print_answers(
-    request: Request, machine: Arch, answers: list[Answer], console: Console
-) -> None:
+def print_answers(request: Request, machine: Arch, answers: list[Answer], console: Console) -> None:
     """A table of backends: which one runs, and each one's reason."""
+    triton = machine.triton or "not installed"
     console.print(
         f"{request.op}, cache {request.layout}, {request.heads} heads, {request.tokens} query "
-        f"tokens, topk {request.topk}, on {machine.name} (triton {machine.triton or 'not installed'})"
+        f"tokens, topk {request.topk}, on {machine.name}, triton {triton}"
     )
     table = Table("backend", "answer", "reason")
     for answer in answers:

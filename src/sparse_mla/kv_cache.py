@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .kv_layout import KVLayout, get_layout
+from .kv_layout import KVLayout, check_scale_rounding, get_layout
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,22 @@ class KVCache:
     layout: KVLayout
     token_stride: int
 
+    def __post_init__(self) -> None:
+        pages = self.pages
+        if not isinstance(pages, torch.Tensor) or pages.dtype != torch.uint8 or pages.dim() != 2:
+            raise ValueError(f"pages is {_describe(pages)}, must be [num_pages, page bytes] uint8")
+        if pages.shape[1] > 1 and pages.stride(1) != 1:
+            raise ValueError(f"pages has strides {pages.stride()}, the last dim must be contiguous")
+        _check_count("page_size", self.page_size, 1)
+        _check_count("token_stride", self.token_stride, self.layout.row_bytes)
+        need = (self.page_size - 1) * self.token_stride + self.layout.row_bytes
+        need += self.page_size * self.layout.footer_bytes
+        if pages.shape[1] < need:
+            raise ValueError(
+                f"pages has {pages.shape[1]} bytes a page, {self.page_size} tokens of "
+                f"{self.layout.name} span {need}"
+            )
+
     @classmethod
     def empty(
         cls,
@@ -42,17 +58,15 @@ class KVCache:
         """A cache of `pages` uninitialised pages.
 
         Args:
-            page_stride: bytes from one page to the next; default the packed size. It must be a
-                multiple of 16, so that rows of a 16-byte layout stay aligned.
+            page_stride: bytes from one page to the next, a multiple of 16, so that rows of a
+                16-byte layout stay aligned; default the packed size, rounded up.
         """
         layout = get_layout(layout)
-        if pages < 0:
-            raise ValueError(f"pages is {pages}, must be >= 0")
-        if page_size < 1:
-            raise ValueError(f"page_size is {page_size}, must be >= 1")
+        _check_count("pages", pages, 0)
+        _check_count("page_size", page_size, 1)
         packed = layout.page_bytes(page_size)
-        stride = packed if page_stride is None else page_stride
-        if stride < packed or stride % 16:
+        stride = -(-packed // 16) * 16 if page_stride is None else page_stride
+        if not isinstance(stride, int) or stride < packed or stride % 16:
             raise ValueError(
                 f"page_stride is {stride}, must be a multiple of 16 and >= {packed}, the packed "
                 f"size of {page_size} tokens in {layout.name}"
@@ -77,8 +91,9 @@ class KVCache:
         layout = get_layout(layout)
         raw = _as_bytes(tensor, layout)
         if raw.dim() == 2:
-            if page_size is None or page_size < 1:
-                raise ValueError(f"page_size is {page_size}, a 2-D cache tensor needs one >= 1")
+            if page_size is None:
+                raise ValueError("page_size is None, a 2-D cache tensor needs one")
+            _check_count("page_size", page_size, 1)
             need = layout.page_bytes(page_size)
             if raw.shape[1] < need:
                 raise ValueError(
@@ -88,7 +103,9 @@ class KVCache:
             return cls(raw, page_size, layout, layout.row_bytes)
         if raw.dim() == 4:
             if raw.shape[2] != 1:
-                raise ValueError(f"tensor has shape {tuple(tensor.shape)}, dim 2 (KV heads) must be 1")
+                raise ValueError(
+                    f"tensor has shape {tuple(tensor.shape)}, dim 2 (KV heads) must be 1"
+                )
             raw = raw.squeeze(2)
         if raw.dim() != 3:
             raise ValueError(f"tensor has {tensor.dim()} dims, allowed: 2, 3 or 4")
@@ -184,6 +201,8 @@ class KVCache:
             ValueError: wrong shape, dtype or device; a slot below -1 or >= num_slots.
         """
         layout = self.layout
+        check_scale_rounding(scale_rounding)
+        _check_slots(slots, self.device)
         _check_part("latent", latent, layout.latent.count, slots, self.device)
         if layout.rope is not None:
             _check_part("rope", rope, layout.rope.count, slots, self.device)
@@ -207,16 +226,33 @@ class KVCache:
     def read(self, slots: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """Logical rows [n, d_qk] of the given slots [n], dequantised in `dtype`.
 
-        float64 is exact. Every slot must lie in [0, num_slots).
+        float64 is exact. ValueError if a slot lies outside [0, num_slots).
         """
+        _check_slots(slots, self.device)
         slots = slots.to(torch.int64)
+        bad = (slots < 0) | (slots >= self.num_slots)
+        if bool(bad.any()):
+            raise ValueError(f"slots holds {int(slots[bad][0])}, allowed: 0..{self.num_slots - 1}")
         page, offset = slots // self.page_size, slots % self.page_size
         rows = self.rows_view()[page, offset]
         footers = self.footers_view()[page, offset]
         return self.layout.unpack(rows, footers, dtype)
 
 
+def _describe(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {tuple(value.shape)} of {value.dtype}"
+    return type(value).__name__
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}, must be an integer >= {least}")
+
+
 def _as_bytes(tensor: torch.Tensor, layout: KVLayout) -> torch.Tensor:
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"tensor is {_describe(tensor)}, must be a tensor")
     allowed: tuple[torch.dtype, ...] = (torch.uint8, torch.int8, torch.float8_e4m3fn)
     if not layout.quantised:
         allowed = (torch.uint8, torch.bfloat16)
@@ -233,20 +269,29 @@ def _as_bytes(tensor: torch.Tensor, layout: KVLayout) -> torch.Tensor:
     return tensor.view(torch.uint8)
 
 
+def _check_slots(slots: torch.Tensor, device: torch.device) -> None:
+    if (
+        not isinstance(slots, torch.Tensor)
+        or slots.dim() != 1
+        or slots.dtype not in (torch.int32, torch.int64)
+    ):
+        raise ValueError(f"slots is {_describe(slots)}, must be [n] int32 or int64")
+    if slots.device != device:
+        raise ValueError(f"slots is on {slots.device}, the cache is on {device}")
+
+
 def _check_part(
     name: str, part: torch.Tensor | None, width: int, slots: torch.Tensor, device: torch.device
 ) -> None:
     if part is None:
         raise ValueError(f"{name} is None, the layout stores {width} values per token")
-    if slots.dim() != 1 or slots.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"slots has shape {tuple(slots.shape)} and dtype {slots.dtype}, must be [n] int32 or int64"
-        )
+    if not isinstance(part, torch.Tensor):
+        raise ValueError(f"{name} is {_describe(part)}, must be a tensor [n, {width}]")
     if part.shape != (slots.shape[0], width):
-        raise ValueError(f"{name} has shape {tuple(part.shape)}, must be ({slots.shape[0]}, {width})")
+        raise ValueError(
+            f"{name} has shape {tuple(part.shape)}, must be ({slots.shape[0]}, {width})"
+        )
     if not part.is_floating_point():
         raise ValueError(f"{name} has dtype {part.dtype}, must be floating point")
-    if part.device != device or slots.device != device:
-        raise ValueError(
-            f"{name} is on {part.device} and slots on {slots.device}, the cache is on {device}"
-        )
+    if part.device != device:
+        raise ValueError(f"{name} is on {part.device}, the cache is on {device}")

@@ -128,7 +128,9 @@ class KVLayout:
             self.scales.write(footers if self.planar else rows, scales)
         if self.rope is not None:
             if rope is None:
-                raise ValueError(f"rope is None, layout {self.name} stores {self.rope.count} values")
+                raise ValueError(
+                    f"rope is None, layout {self.name} stores {self.rope.count} values"
+                )
             self.rope.write(rows, rope)
         return rows, footers
 
@@ -163,8 +165,7 @@ def quantise_e4m3(
     Returns:
         values [n, d] float8_e4m3fn and scales [n, d // tile] float32.
     """
-    if scale_rounding not in SCALE_ROUNDINGS:
-        raise ValueError(f"scale_rounding is {scale_rounding!r}, allowed: {SCALE_ROUNDINGS}")
+    check_scale_rounding(scale_rounding)
     n, d = x.shape
     tiles = x.to(torch.float32).view(n, d // tile, tile)
     finite = torch.isfinite(tiles)
@@ -178,6 +179,13 @@ def quantise_e4m3(
     values = (tiles / scales[..., None]).clamp(-E4M3_MAX, E4M3_MAX)
     values = torch.where(finite, values, float("nan"))
     return values.view(n, d).to(torch.float8_e4m3fn), scales
+
+
+def check_scale_rounding(scale_rounding: str) -> None:
+    if scale_rounding not in SCALE_ROUNDINGS:
+        raise ValueError(
+            f"scale_rounding is {scale_rounding!r}, allowed: {', '.join(SCALE_ROUNDINGS)}"
+        )
 
 
 _ALL = (
@@ -217,6 +225,6 @@ def get_layout(layout: str | KVLayout) -> KVLayout:
     """The layout of that name; ValueError lists the names that exist."""
     if isinstance(layout, KVLayout):
         return layout
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}, allowed: {', '.join(LAYOUTS)}")
     return LAYOUTS[layout]

@@ -37,7 +37,8 @@ def valid_indices(
     indices: torch.Tensor, num_slots: int, lengths: torch.Tensor | None
 ) -> torch.Tensor:
     """Which entries of indices [n, topk] count: inside the cache and before the row's length."""
-    valid = (indices >= 0) & (indices < num_slots)
+    # Compared as int32: a larger bound would wrap around.
+    valid = (indices >= 0) & (indices <= min(num_slots - 1, 2**31 - 1))
     if lengths is not None:
         column = torch.arange(indices.shape[1], device=indices.device)
         valid &= column < lengths[:, None]
@@ -61,12 +62,11 @@ def attend(
     """
     n, heads, _ = q.shape
     d_v = sources[0][0].layout.d_v
-    made = dict(dtype=torch.float64, device=q.device)
-    out = torch.zeros(n, heads, d_v, **made)
-    lse = torch.full((n, heads), float("-inf"), **made)
+    out = torch.zeros(n, heads, d_v, dtype=torch.float64, device=q.device)
+    condition = out.new_zeros(n, heads)
+    weight_power = out.new_zeros(n, heads)
+    lse = out.new_full((n, heads), float("-inf"))
     max_logits = lse.clone()
-    condition = torch.zeros(n, heads, **made)
-    weight_power = torch.zeros(n, heads, **made)
     for i in range(n):
         rows = []
         for cache, indices, lengths in sources:

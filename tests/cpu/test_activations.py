@@ -176,7 +176,7 @@ def test_safetensors_of_another_kind_are_told(tmp_path: Path) -> None:
     save_file = pytest.importorskip("safetensors.torch").save_file
     path = tmp_path / "weights.safetensors"
     save_file({"weight": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match="has format None, expected 'sparse_mla.activations/1'"):
+    with pytest.raises(ValueError, match=r"has format None, expected 'sparse_mla\.activations/1'"):
         activations.load(path)
     save_file({"weight": torch.zeros(3)}, path, {"format": activations.FORMAT})
     with pytest.raises(ValueError, match="lacks part of a capture: 'layers'"):

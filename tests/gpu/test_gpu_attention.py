@@ -55,7 +55,8 @@ def assert_close(out: torch.Tensor, lse: torch.Tensor, want: reference.Reference
     some = want.lse > float("-inf")
     if not some.any():
         return
-    assert (lse.double() - want.lse)[some].abs().max() < 1e-4
+    # float32 logits: rounding grows with their size, which lse follows.
+    assert ((lse.double() - want.lse).abs() <= 4e-6 * (10 + want.lse.abs()))[some].all()
     norm = want.out.norm()
     ideal = (want.out.to(torch.bfloat16).double() - want.out).norm() / norm
     assert (out.double() - want.out).norm() / norm <= 1.7 * ideal
@@ -93,7 +94,8 @@ def test_prefill(layout: str, heads: int) -> None:
     out, max_logits, lse = sparse_mla.prefill(kv=cache, scale=0.05, **call)
     assert_close(out, lse, want)
     some = want.lse > float("-inf")
-    assert (max_logits.double() - want.max_logits)[some].abs().max() < 1e-4
+    error = (max_logits.double() - want.max_logits).abs()
+    assert (error <= 4e-6 * (10 + want.max_logits.abs()))[some].all()
     assert (max_logits[~some] == float("-inf")).all()
 
 

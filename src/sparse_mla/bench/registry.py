@@ -120,9 +120,7 @@ def providers(data: Data) -> dict[str, Callable[[], Answer]]:
 
 def _ours(data: Data, backend: str) -> Callable[[], Answer]:
     if data.workload.op == "decode":
-        return lambda: decode(
-            data.q, data.cache, data.indices, scale=data.scale, backend=backend
-        )
+        return lambda: decode(data.q, data.cache, data.indices, scale=data.scale, backend=backend)
 
     def call() -> Answer:
         out, _, lse = prefill(data.q, data.cache, data.indices, scale=data.scale, backend=backend)

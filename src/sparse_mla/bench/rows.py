@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
@@ -75,7 +76,9 @@ def this_machine(device: torch.device) -> Machine:
         else "none",
         torch=torch.__version__,
         triton=_version("triton"),
-        commit=_output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
+        # A copy of the sources without their repository is told its commit.
+        commit=os.environ.get("SPARSE_MLA_COMMIT")
+        or _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     )
 

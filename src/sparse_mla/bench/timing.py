@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -14,7 +14,9 @@ Call = Callable[[], object]
 FLUSH_BYTES = 512 << 20
 
 
-def measure(calls: dict[str, Call], device: torch.device, samples: int) -> dict[str, list[float]]:
+def measure(
+    calls: Mapping[str, Call], device: torch.device, samples: int
+) -> dict[str, list[float]]:
     """Microseconds of each call, `samples` times, one after the other in every round.
 
     Interleaving puts all providers under the same clocks; only their ratio within a run is meant
@@ -33,7 +35,7 @@ def measure(calls: dict[str, Call], device: torch.device, samples: int) -> dict[
     return times
 
 
-def _measure_cuda(calls: dict[str, Call], samples: int) -> dict[str, list[float]]:
+def _measure_cuda(calls: Mapping[str, Call], samples: int) -> dict[str, list[float]]:
     graphs = {name: _capture(call) for name, call in calls.items()}
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     times: dict[str, list[float]] = {name: [] for name in calls}

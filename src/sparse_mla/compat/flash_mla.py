@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kv_cache import KVCache
+from ..ops.checks import check_scale
 from ..ops.sparse_decode.interface import decode
 from ..ops.sparse_prefill.interface import prefill
 
@@ -97,14 +98,18 @@ def flash_mla_with_kvcache(
         if value is not None:
             raise NotImplementedError(f"{name} is not supported yet")
     _check_head_dim_v("head_dim_v", head_dim_v)
-    if q.dim() == 4 and q.shape[-1] == 512 and is_fp8_kvcache:
+    _check_tensor("q", q, 4)
+    _check_tensor("k_cache", k_cache, 4)
+    scale = check_scale(softmax_scale, q.shape[-1], "softmax_scale")
+    if q.shape[-1] == 512 and is_fp8_kvcache:
         raise NotImplementedError(
             "q has d_qk 512 with an FP8 cache: layout v4_fp8 is not supported yet"
         )
-    cache = KVCache.from_tensor(k_cache, "v32_fp8" if is_fp8_kvcache else _bf16_layout(k_cache))
-    out, lse = decode(
-        q, cache, indices, scale=softmax_scale, topk_length=topk_length, attn_sink=attn_sink
-    )
+    try:
+        cache = KVCache.from_tensor(k_cache, "v32_fp8" if is_fp8_kvcache else _bf16_layout(k_cache))
+    except ValueError as error:
+        raise ValueError(f"k_cache: {error}") from error
+    out, lse = decode(q, cache, indices, scale=scale, topk_length=topk_length, attn_sink=attn_sink)
     return out, _empty_as_plus_inf(lse).transpose(1, 2)
 
 
@@ -133,12 +138,24 @@ def flash_mla_sparse_fwd(
         nothing valid gets out 0, max_logits -inf and lse +inf.
     """
     _check_head_dim_v("d_v", d_v)
-    if indices.dim() != 3 or indices.shape[1] != 1:
+    _check_tensor("q", q, 3)
+    _check_tensor("kv", kv, 3)
+    _check_tensor("indices", indices, 3)
+    if indices.shape[1] != 1:
         raise ValueError(f"indices has shape {tuple(indices.shape)}, must be [s_q, 1, topk]")
+    if sm_scale is None:
+        raise ValueError("sm_scale is None, must be a finite number")
+    check_scale(sm_scale, q.shape[-1], "sm_scale")
     out, max_logits, lse = prefill(
         q, kv, indices, scale=sm_scale, topk_length=topk_length, attn_sink=attn_sink
     )
     return out, max_logits, _empty_as_plus_inf(lse)
+
+
+def _check_tensor(name: str, value: torch.Tensor, dims: int) -> None:
+    if not isinstance(value, torch.Tensor) or value.dim() != dims:
+        given = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(f"{name} is {given}, must be a tensor with {dims} dims")
 
 
 def _check_head_dim_v(name: str, value: int) -> None:
@@ -149,10 +166,10 @@ def _check_head_dim_v(name: str, value: int) -> None:
 def _bf16_layout(k_cache: torch.Tensor) -> str:
     if k_cache.dtype != torch.bfloat16:
         raise ValueError(
-            f"k_cache has dtype {k_cache.dtype}, must be torch.bfloat16 when is_fp8_kvcache is False"
+            f"dtype is {k_cache.dtype}, must be torch.bfloat16 when is_fp8_kvcache is False"
         )
     if k_cache.shape[-1] not in (576, 512):
-        raise ValueError(f"k_cache has shape {tuple(k_cache.shape)}, its width must be 576 or 512")
+        raise ValueError(f"shape is {tuple(k_cache.shape)}, the width must be 576 or 512")
     return "bf16" if k_cache.shape[-1] == 576 else "bf16_nope"
 
 

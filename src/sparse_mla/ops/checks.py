@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from .. import dispatch
 from ..kv_cache import KVCache
 
 MAX_HEADS = 128
@@ -35,7 +36,9 @@ def check_indices(indices: torch.Tensor, lead: tuple[int, ...], q: torch.Tensor)
     """indices is int32 [*lead, topk] on q's device with a contiguous last dim."""
     shape = ", ".join(str(n) for n in lead)
     if not isinstance(indices, torch.Tensor) or indices.dim() != len(lead) + 1:
-        given = tuple(indices.shape) if isinstance(indices, torch.Tensor) else type(indices).__name__
+        given = (
+            tuple(indices.shape) if isinstance(indices, torch.Tensor) else type(indices).__name__
+        )
         raise ValueError(f"indices is {given}, must be a tensor [{shape}, topk]")
     if tuple(indices.shape[:-1]) != lead:
         raise ValueError(f"indices has shape {tuple(indices.shape)}, must be [{shape}, topk]")
@@ -64,10 +67,18 @@ def check_vector(
         raise ValueError(f"{name} is on {vector.device}, q is on {q.device}")
 
 
-def check_scale(scale: float | None, d_qk: int) -> float:
+def check_scale(scale: float | None, d_qk: int, name: str = "scale") -> float:
     """The softmax scale, d_qk ** -0.5 by default; must be finite."""
     if scale is None:
         return float(d_qk) ** -0.5
     if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"scale is {scale!r}, must be a finite number")
+        raise ValueError(f"{name} is {scale!r}, must be a finite number")
     return float(scale)
+
+
+def check_backend(op: str, backend: str | None) -> str:
+    """The backend's name as the custom ops take it: "" asks for the best one."""
+    names = [b.name for b in dispatch.backends_of(op)]
+    if backend is not None and backend not in names:
+        raise ValueError(f"backend is {backend!r}, {op} has: {', '.join(names)}")
+    return backend or ""

@@ -11,7 +11,7 @@ import torch
 from ... import arch, dispatch
 from ...kv_cache import KVCache
 from ...kv_layout import get_layout
-from ..checks import check_indices, check_query, check_scale, check_vector
+from ..checks import check_backend, check_indices, check_query, check_scale, check_vector
 
 
 def decode(
@@ -66,8 +66,10 @@ def decode(
     ):
         if value is not None:
             raise NotImplementedError(f"{name} is not supported yet")
-    if num_splits is not None and num_splits < 1:
-        raise ValueError(f"num_splits is {num_splits}, must be >= 1")
+    if num_splits is not None and not (type(num_splits) is int and num_splits >= 1):
+        raise ValueError(f"num_splits is {num_splits!r}, must be an integer >= 1")
+    if not isinstance(batch_invariant, bool):
+        raise ValueError(f"batch_invariant is {batch_invariant!r}, must be True or False")
     return torch.ops.sparse_mla.sparse_decode(
         q,
         cache.pages,
@@ -80,7 +82,7 @@ def decode(
         check_scale(scale, d_qk),
         num_splits or 0,
         batch_invariant,
-        backend or "",
+        check_backend("decode", backend),
     )
 
 

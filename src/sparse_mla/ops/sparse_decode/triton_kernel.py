@@ -34,7 +34,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def to_bf16(x):
-    """float32 to bf16, to nearest even; the interpreter's own cast truncates (Triton 3.6 to 3.9)."""
+    """float32 to bf16, to nearest even; the interpreter's cast truncates (Triton 3.6 to 3.9)."""
     if INTERPRET:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -258,6 +258,7 @@ def attend(
     line = indices_ptr + b * indices_stride_b + s * indices_stride_s
 
     peak = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    base = peak
     total = tl.zeros([BLOCK_H], tl.float32)
     total0 = tl.zeros([BLOCK_H], tl.float32)
     total1 = tl.zeros([BLOCK_H], tl.float32)
@@ -318,12 +319,15 @@ def attend(
                 logits = dot(q_rope, tl.trans(k_rope), logits)
 
         logits = tl.where(ok[None, :], logits * scale_log2, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(logits, 1))
-        # With nothing valid so far the peak is -inf; subtracting 0 instead keeps exp2 at 0.
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        decay = tl.exp2(peak - base)
-        p = tl.exp2(logits - base[:, None])
-        peak = new_peak
+        peak = tl.maximum(peak, tl.max(logits, 1))
+        # The peak rounded up to an integer: rescaling is by powers of two, exact, and the heaviest
+        # token's p is not 1 in every row, where scales of one mantissa would all round one way.
+        new_base = tl.ceil(peak)
+        # With nothing valid so far it is -inf; subtracting 0 instead keeps exp2 at 0.
+        shift = tl.where(new_base == float("-inf"), 0.0, new_base)
+        decay = tl.exp2(base - shift)
+        p = tl.exp2(logits - shift[:, None])
+        base = new_base
         total = total * decay + tl.sum(p, 1)
         if QUANTISED:
             p0, total0 = tile_weights(p, scale0, total0 * decay)
@@ -350,7 +354,7 @@ def attend(
             total2 = total0
             total3 = total0
     head_ok = head < heads
-    lse = peak + tl.log2(total)
+    lse = base + tl.log2(total)
     factor = tl.full([BLOCK_H], 1.0, tl.float32)
     if not SPLIT:
         lse = lse * 0.6931471805599453

@@ -11,7 +11,7 @@ import torch
 from ... import arch, dispatch
 from ...kv_cache import KVCache
 from ...kv_layout import get_layout
-from ..checks import check_indices, check_query, check_scale, check_vector
+from ..checks import check_backend, check_indices, check_query, check_scale, check_vector
 
 _BF16_LAYOUTS = {576: "bf16", 512: "bf16_nope"}
 
@@ -65,7 +65,7 @@ def prefill(
         topk_length,
         attn_sink,
         check_scale(scale, d_qk),
-        backend or "",
+        check_backend("prefill", backend),
     )
 
 
@@ -81,7 +81,10 @@ def rows_as_cache(kv: torch.Tensor) -> KVCache:
     if kv.shape[-1] not in _BF16_LAYOUTS:
         raise ValueError(f"kv has shape {tuple(kv.shape)}, d_qk must be 576 or 512")
     rows = kv if kv.dim() == 3 else kv.unsqueeze(1)
-    return KVCache.from_tensor(rows, _BF16_LAYOUTS[kv.shape[-1]])
+    try:
+        return KVCache.from_tensor(rows, _BF16_LAYOUTS[kv.shape[-1]])
+    except ValueError as error:
+        raise ValueError(f"kv: {error}") from error
 
 
 @torch.library.custom_op("sparse_mla::sparse_prefill", mutates_args=())

@@ -1,4 +1,4 @@
-"""Launcher of the portable Triton kernels for prefill: one unsplit program per token and head block."""
+"""Launcher of the portable Triton kernels for prefill: no splits, one list per query token."""
 
 from __future__ import annotations
 

@@ -1,0 +1,198 @@
+"""The command `sparse-mla`: thin bodies, the work is in the modules they call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+app = typer.Typer(
+    help="Sparse MLA attention: check kernels, explain choices, measure.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def main() -> None:
+    """Sparse MLA attention: check kernels, explain choices, measure."""
+
+
+def usage_error(message: object) -> NoReturn:
+    """One line on standard error, exit status 2."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def _writable(path: Path | None, option: str) -> None:
+    """Find out before the work, not after it, that a file cannot be written."""
+    if path is None:
+        return
+    try:
+        with path.open("a"):
+            pass
+    except OSError as error:
+        usage_error(f"{option} {path}: {error.strerror}")
+
+
+@app.command()
+def check(
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="A backend of this library; repeatable. Default: all that run here."),
+    ] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(help="An importable module with FlashMLA's function names; repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of all inputs.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Only the short set of cases.")] = False,
+    case: Annotated[
+        str | None, typer.Option(help="Only cases whose name holds this, or matches it (*, ?).")
+    ] = None,
+    random: Annotated[int, typer.Option(min=0, help="Add this many random cases.")] = 0,
+    limit: Annotated[
+        float,
+        typer.Option(min=1.0, help="Case budget in multiples of ideal rounding (docs/accuracy)."),
+    ] = 1.7,
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a report to this file.")] = None,
+    faults: Annotated[
+        bool, typer.Option("--faults", help="Put the fault library on trial instead.")
+    ] = False,
+    list_cases: Annotated[bool, typer.Option("--list", help="Show the cases and stop.")] = False,
+) -> None:
+    """Run the case catalogue: is every answer within the error that arithmetic allows?
+
+    Exit status: 0 if nothing failed and something passed, 1 if not, 2 for a usage error.
+    """
+    import torch
+
+    from .accuracy import check as checking
+    from .accuracy import terminal
+    from .accuracy.cases import CASES
+
+    out = terminal.console()
+    try:
+        cases = checking.choose_cases(CASES, case, quick, random, seed)
+        if list_cases:
+            terminal.print_cases(cases, out)
+            return
+        where = _device(device)
+        if faults:
+            from .accuracy.fault_gate import run_faults
+
+            raise typer.Exit(run_faults(cases, seed=seed, device=where, limit=limit))
+        chosen = checking.choose_implementations(backend or [], provider or [], where)
+    except ValueError as error:
+        usage_error(error)
+    _writable(json, "--json")
+    _writable(html, "--html")
+    with torch.no_grad(), terminal.progress(len(cases) * len(chosen)) as step:
+        report = checking.run_check(
+            chosen, cases, seed=seed, device=where, limit=limit, on_result=step
+        )
+    if json is not None:
+        report.save(json)
+    if html is not None:
+        from .accuracy.report import write_html
+
+        write_html(report, html)
+    terminal.print_report(report, out)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="A file that check --json wrote.")],
+    html: Annotated[Path, typer.Argument(help="The report to write.")],
+) -> None:
+    """Draw the report of a saved run: one self-contained HTML file."""
+    from .accuracy.check import load_report
+    from .accuracy.report import write_html
+
+    try:
+        loaded = load_report(results)
+    except ValueError as error:
+        usage_error(error)
+    except OSError as error:
+        usage_error(f"{results}: {error.strerror}")
+    _writable(html, "HTML")
+    write_html(loaded, html)
+    typer.echo(f"{loaded.summary}; report: {html}")
+
+
+@app.command()
+def explain(
+    op: Annotated[str, typer.Option(help="decode or prefill.")] = "decode",
+    heads: Annotated[int, typer.Option(min=1, max=128, help="Query heads.")] = 64,
+    layout: Annotated[str, typer.Option(help="The cache's layout.")] = "v32_fp8",
+    tokens: Annotated[int, typer.Option(min=1, help="Query tokens, b * s_q.")] = 128,
+    topk: Annotated[int, typer.Option(min=0, help="Length of the index lists.")] = 2048,
+    arch: Annotated[
+        str | None, typer.Option(help="Ask about cpu or sm_90 and the like. Default: this machine.")
+    ] = None,
+) -> None:
+    """Say which kernel runs a call on this machine, and why the others do not."""
+    from . import arch as arches
+    from . import dispatch
+    from .accuracy.terminal import console
+    from .explain import print_answers
+    from .kv_layout import get_layout
+
+    try:
+        request = dispatch.Request(op, get_layout(layout).name, heads, tokens, topk)
+        machine = arches.parse(arch) if arch else arches.of(arches.default_device())
+        answers = dispatch.explain(request, machine)
+    except ValueError as error:
+        usage_error(error)
+    print_answers(request, machine, answers, console())
+    raise typer.Exit(0 if any(answer.ok for answer in answers) else 1)
+
+
+@app.command()
+def bench(
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
+    samples: Annotated[int, typer.Option(min=3, help="Timed calls per provider.")] = 20,
+    only: Annotated[str, typer.Option(help="Only workloads whose label holds this.")] = "",
+    rows: Annotated[Path | None, typer.Option(help="Append the rows to this .jsonl file.")] = None,
+) -> None:
+    """Check answers, then time them: our backends, and flash_mla where it is installed."""
+    import torch
+
+    from .accuracy.terminal import console
+    from .bench import rows as row_files
+    from .bench.run import run
+    from .bench.table import print_rows
+
+    try:
+        where = _device(device)
+        _writable(rows, "--rows")
+        with torch.no_grad():
+            measured = run(where, samples, lambda label: typer.echo(label, err=True), only)
+    except ValueError as error:
+        usage_error(error)
+    if rows is not None:
+        row_files.append(rows, measured)
+    print_rows(measured, console())
+
+
+def _device(name: str | None):  # type: ignore[no-untyped-def]  # torch is imported lazily
+    """The device to run on; ValueError if it does not exist here."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        made = torch.device(name)
+        torch.empty(0, device=made)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
+    return made
+
+
+if __name__ == "__main__":
+    app()
