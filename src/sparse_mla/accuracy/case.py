@@ -57,12 +57,16 @@ class Output:
 
     lse is [b, s_q, h_q] or [s_q, h_q]; `empty_lse` is the value that the implementation's
     convention gives a row with nothing valid: -inf for ours, +inf for FlashMLA's entry points.
+    `padded` says what the adapter had to pad, as engines do, because the implementation refuses
+    the shape as it is ("heads", "topk"), and `note` tells it to a reader.
     """
 
     out: torch.Tensor
     lse: torch.Tensor
     max_logits: torch.Tensor | None = None
     empty_lse: float = float("-inf")
+    padded: tuple[str, ...] = ()
+    note: str = ""
 
 
 class Implementation(Protocol):

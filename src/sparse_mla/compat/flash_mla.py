@@ -100,7 +100,8 @@ def flash_mla_with_kvcache(
     _check_head_dim_v("head_dim_v", head_dim_v)
     _check_tensor("q", q, 4)
     _check_tensor("k_cache", k_cache, 4)
-    scale = check_scale(softmax_scale, q.shape[-1], "softmax_scale")
+    if softmax_scale is not None:
+        check_scale(softmax_scale, 576, "softmax_scale")
     if q.shape[-1] == 512 and is_fp8_kvcache:
         raise NotImplementedError(
             "q has d_qk 512 with an FP8 cache: layout v4_fp8 is not supported yet"
@@ -109,7 +110,9 @@ def flash_mla_with_kvcache(
         cache = KVCache.from_tensor(k_cache, "v32_fp8" if is_fp8_kvcache else _bf16_layout(k_cache))
     except ValueError as error:
         raise ValueError(f"k_cache: {error}") from error
-    out, lse = decode(q, cache, indices, scale=scale, topk_length=topk_length, attn_sink=attn_sink)
+    out, lse = decode(
+        q, cache, indices, scale=softmax_scale, topk_length=topk_length, attn_sink=attn_sink
+    )
     return out, _empty_as_plus_inf(lse).transpose(1, 2)
 
 
@@ -145,7 +148,7 @@ def flash_mla_sparse_fwd(
         raise ValueError(f"indices has shape {tuple(indices.shape)}, must be [s_q, 1, topk]")
     if sm_scale is None:
         raise ValueError("sm_scale is None, must be a finite number")
-    check_scale(sm_scale, q.shape[-1], "sm_scale")
+    check_scale(sm_scale, 576, "sm_scale")
     out, max_logits, lse = prefill(
         q, kv, indices, scale=sm_scale, topk_length=topk_length, attn_sink=attn_sink
     )

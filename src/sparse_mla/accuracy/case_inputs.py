@@ -1,0 +1,395 @@
+"""Input generators of the gate: one `Draw` describes a call, `draw` makes it from a seed.
+
+Every cache starts as 0xFF bytes, which are NaN in e4m3, bf16 and fp32 alike; then only the tokens
+that some query may select are written. So slot 0, unselected rows, page tails and padding poison
+any implementation that reads what it must not.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+
+import torch
+
+from ..kv_cache import KVCache
+from ..kv_layout import KVLayout, get_layout
+from .case import Inputs
+
+INT_MIN, INT_MAX = -(2**31), 2**31 - 1
+
+
+class NotRun(Exception):
+    """A case cannot run here (memory, missing data). Reported as such, never as passed."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a call looks like.
+
+    Attributes:
+        values: distribution of the tokens, a key of `VALUES`.
+        scales: v32_fp8 only: "amax" and "pow2" are the writer's; the others, keys of `SCALES`,
+            are written over the writer's own, so the bytes mean other values than were drawn.
+        logit_std: queries are scaled so that a row's logits have this standard deviation; 0 gives
+            q = 0.
+        logit_mean: and this mean, by a direction that all keys share (0: none).
+        rope_share: share of the logits' variance that comes from the RoPE part; None leaves it as
+            drawn.
+        holes: which index entries are invalid, a key of `HOLES`.
+        lengths: topk_length, cycled over batch (decode) or query tokens (prefill); None for none.
+        sink: attn_sink, cycled over heads; None for none.
+        repeats_of: each index occurs about this many times.
+        page_pad: bytes added to the packed page stride, a multiple of 16.
+        strided: q is a slice of a larger tensor, indices a slice of longer rows; what lies
+            beside them is NaN and valid-looking indices.
+    """
+
+    op: str = "decode"
+    layout: str = "v32_fp8"
+    b: int = 4
+    s_q: int = 1
+    h: int = 16
+    topk: int = 256
+    page_size: int = 64
+    values: str = "gaussian"
+    scales: str = "amax"
+    logit_std: float = 0.8
+    logit_mean: float = 0.0
+    rope_share: float | None = None
+    holes: str = "none"
+    lengths: tuple[int, ...] | None = None
+    sink: tuple[float, ...] | None = None
+    repeats_of: int = 1
+    page_pad: int = 0
+    strided: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Query tokens of the call."""
+        return self.b * self.s_q if self.op == "decode" else self.s_q
+
+
+def rng(seed: int, name: str) -> torch.Generator:
+    """A CPU generator of its own for every (seed, name): the same bytes on every device."""
+    # The CPU generator keeps 32 bits of its seed, so both must go through the hash.
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+
+
+def normal(g: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=g, dtype=torch.float32)
+
+
+def uniform(g: torch.Generator, low: float, high: float, *shape: int) -> torch.Tensor:
+    return low + (high - low) * torch.rand(*shape, generator=g, dtype=torch.float32)
+
+
+def _gaussian(g: torch.Generator, n: int, d: int) -> torch.Tensor:
+    return normal(g, n, d)
+
+
+def _heavy(g: torch.Generator, n: int, d: int) -> torch.Tensor:
+    """Student t with 3 degrees of freedom."""
+    chi = normal(g, n, d, 3).square().mean(-1).sqrt().clamp_min(1e-3)
+    return normal(g, n, d) / chi
+
+
+def _outlier_channels(g: torch.Generator, n: int, d: int) -> torch.Tensor:
+    """A few channels 100 times the others, as residual streams have."""
+    x = normal(g, n, d)
+    x[:, torch.randperm(d, generator=g)[: max(1, d // 64)]] *= 100
+    return x
+
+
+def _shifted(g: torch.Generator, n: int, d: int) -> torch.Tensor:
+    """All tokens share a large mean: errors of single weights cancel, a gain does not."""
+    return normal(g, n, d) + 4 * normal(g, 1, d)
+
+
+def _token_magnitudes(g: torch.Generator, n: int, d: int) -> torch.Tensor:
+    return normal(g, n, d) * 10 ** uniform(g, -2, 2, n, 1)
+
+
+def _tile_magnitudes(g: torch.Generator, n: int, d: int) -> torch.Tensor:
+    """Every 64 or 128 channels of every token have a magnitude of their own."""
+    tiles = max(1, d // 128)
+    return normal(g, n, d) * (10 ** uniform(g, -2, 2, n, tiles)).repeat_interleave(d // tiles, 1)
+
+
+def _sparse(g: torch.Generator, n: int, d: int) -> torch.Tensor:
+    """A third of the tiles of the tokens are all zero: their scale is arbitrary."""
+    x = normal(g, n, d)
+    tiles = max(1, d // 128)
+    return x * (uniform(g, 0, 1, n, tiles) > 1 / 3).float().repeat_interleave(d // tiles, 1)
+
+
+VALUES = {
+    "gaussian": _gaussian,
+    "heavy_tailed": _heavy,
+    "outlier_channels": _outlier_channels,
+    "shifted": _shifted,
+    "token_magnitudes": _token_magnitudes,
+    "tile_magnitudes": _tile_magnitudes,
+    "sparse_tiles": _sparse,
+    "tiny": lambda g, n, d: 1e-30 * _gaussian(g, n, d),
+    "huge": lambda g, n, d: 1e30 * _gaussian(g, n, d),
+}
+
+
+def _log_uniform(g: torch.Generator, n: int, tiles: int) -> torch.Tensor:
+    return torch.exp2(uniform(g, -2, 2, n, tiles))
+
+
+def _wide(g: torch.Generator, n: int, tiles: int) -> torch.Tensor:
+    """Scales from 1e-30 to 1e30, alike within a token up to a factor of 4."""
+    token = 10.0 ** uniform(g, -30, 30, 1, 1)
+    return token * torch.exp2(uniform(g, -2, 2, n, tiles))
+
+
+def _bf16_midpoint(side: float, g: torch.Generator, n: int, tiles: int) -> torch.Tensor:
+    """Mantissas next to 1 + (k + 1/2) 2^-7, k = 0..3: all round the same way, by up to 2^-8.
+
+    Their magnitudes stay close, so that no row hangs on one token of weight 1: a kernel that
+    rounds weight * scale would then round that product as if it were the scale.
+    """
+    k = torch.randint(0, 4, (n, tiles), generator=g)
+    mantissa = 1 + (k + 0.5 + side * 0.02) * 2.0**-7
+    exponent = torch.randint(-1, 2, (n, tiles), generator=g)
+    return torch.ldexp(mantissa.float(), exponent)
+
+
+def _pow2_edge(side: float, g: torch.Generator, n: int, tiles: int) -> torch.Tensor:
+    """Just below a power of two, or just above one: rounded up or down it doubles or halves."""
+    mantissa = uniform(g, 1.98, 1.999, n, tiles) if side < 0 else uniform(g, 1.001, 1.02, n, tiles)
+    exponent = torch.randint(-3, 3, (n, tiles), generator=g)
+    return torch.ldexp(mantissa, exponent)
+
+
+SCALES = {
+    "log_uniform": _log_uniform,
+    "wide": _wide,
+    "below_bf16_midpoint": lambda g, n, t: _bf16_midpoint(-1, g, n, t),
+    "above_bf16_midpoint": lambda g, n, t: _bf16_midpoint(+1, g, n, t),
+    "below_pow2": lambda g, n, t: _pow2_edge(-1, g, n, t),
+    "above_pow2": lambda g, n, t: _pow2_edge(+1, g, n, t),
+}
+WRITER_SCALES = ("amax", "pow2")
+
+
+def poisoned_cache(
+    pages: int, page_size: int, layout: str | KVLayout, page_pad: int, device: torch.device
+) -> KVCache:
+    """A cache whose every byte, padding included, is 0xFF."""
+    stride = get_layout(layout).page_bytes(page_size) + page_pad
+    cache = KVCache.empty(pages, page_size, layout, device=device, page_stride=stride)
+    storage = cache.pages.untyped_storage()
+    torch.empty(0, dtype=torch.uint8, device=device).set_(storage).fill_(0xFF)
+    return cache
+
+
+def write_rows(cache: KVCache, slots: torch.Tensor, rows: torch.Tensor) -> None:
+    """Store token rows [n, row_bytes] (uint8, inline layouts) at `slots`, byte for byte."""
+    slots = slots.to(device=cache.device, dtype=torch.int64)
+    cache.rows_view()[slots // cache.page_size, slots % cache.page_size] = rows.to(cache.device)
+
+
+def token_rows(
+    layout: KVLayout,
+    latent: torch.Tensor,
+    rope: torch.Tensor,
+    scales: str,
+    g: torch.Generator,
+) -> torch.Tensor:
+    """Bytes of tokens [n, row_bytes], with the writer's scales or scales drawn over them."""
+    if not layout.quantised:
+        return layout.pack(latent, rope if layout.rope else None)[0]
+    rounding = scales if scales in WRITER_SCALES else "amax"
+    rows, _ = layout.pack(latent, rope, rounding)
+    if scales not in WRITER_SCALES and layout.scales is not None:
+        # The e4m3 values then fill their range whatever was drawn; unit rms needs 1/150 or so.
+        made = SCALES[scales](g, latent.shape[0], layout.scales.count)
+        layout.scales.write(rows, made / 128)
+    return rows
+
+
+def draw(spec: Draw, seed: int, name: str, device: torch.device) -> Inputs:
+    """Make the call that `spec` describes; the same bytes for the same (spec, seed, name)."""
+    g = rng(seed, name)
+    layout = get_layout(spec.layout)
+    distinct = -(-spec.topk // spec.repeats_of)
+    live_count = distinct + distinct // 2 + 4
+    pages = -(-(2 * live_count + 2) // spec.page_size) + 1
+    cache = poisoned_cache(pages, spec.page_size, layout, spec.page_pad, device)
+    # The last slot is always live: the largest valid index is a boundary too.
+    order = 1 + torch.randperm(cache.num_slots - 2, generator=g)
+    live = torch.cat([torch.tensor([cache.num_slots - 1]), order[: live_count - 1]])
+    latent = VALUES[spec.values](g, live_count, layout.latent.count)
+    rope = VALUES[spec.values](g, live_count, 64)
+    q = normal(g, spec.tokens, spec.h, layout.d_qk)
+    if spec.logit_mean:
+        shared = normal(g, layout.d_qk)
+        latent += shared[: latent.shape[1]]
+        rope += shared[layout.d_qk - 64 :]
+        q = 0.2 * q + shared
+    rows = token_rows(layout, latent, rope, spec.scales, g)
+    write_rows(cache, live, rows)
+    keys = layout.unpack(rows, rows[:, :0])
+    q = fit_queries(q, keys, spec, layout)
+
+    picks = torch.rand(spec.tokens, live_count, generator=g).argsort(1)[:, :distinct]
+    if spec.repeats_of > 1:
+        again = torch.randint(0, max(distinct, 1), (spec.tokens, spec.topk), generator=g)
+        picks = picks.gather(1, again)
+    indices = live[picks][:, : spec.topk]
+    indices = HOLES[spec.holes](g, indices, cache.num_slots).to(torch.int32)
+    rows_of_lengths = spec.b if spec.op == "decode" else spec.s_q
+    lengths = cycle(spec.lengths, rows_of_lengths, torch.int32)
+    if lengths is not None:
+        # Entries past the length look valid and point at poison.
+        per_token = lengths.repeat_interleave(spec.s_q if spec.op == "decode" else 1)
+        beyond = torch.arange(spec.topk) >= per_token[:, None]
+        poison = order[live_count - 1 :]
+        indices = torch.where(
+            beyond, poison[torch.arange(spec.topk) % poison.numel()].to(torch.int32), indices
+        )
+    shape = (spec.b, spec.s_q) if spec.op == "decode" else (spec.s_q,)
+    q = q.view(*shape, spec.h, layout.d_qk)
+    indices = indices.view(*shape, spec.topk)
+    if spec.strided:
+        q, indices = _strided(q, indices, int(live[0]))
+    sink = cycle(spec.sink, spec.h, torch.float32)
+    return Inputs(
+        op=spec.op,
+        q=move(q, device),
+        cache=cache,
+        indices=move(indices, device),
+        scale=layout.d_qk**-0.5,
+        topk_length=None if lengths is None else lengths.to(device),
+        attn_sink=None if sink is None else sink.to(device),
+    )
+
+
+def fit_queries(q: torch.Tensor, keys: torch.Tensor, spec: Draw, layout: KVLayout) -> torch.Tensor:
+    """bf16 queries [n, h, d] scaled so that the logits over `keys` are as `spec` asks."""
+    if spec.logit_std == 0:
+        return torch.zeros_like(q, dtype=torch.bfloat16)
+    q = q.double()
+    scale = layout.d_qk**-0.5
+    if spec.rope_share is not None and layout.rope is not None:
+        split = layout.latent.count
+        for part, share in ((slice(0, split), 1 - spec.rope_share), (slice(split, None), 1.0)):
+            spread = _spread(q[..., part] @ keys[:, part].T * scale)
+            target = share if part.start == 0 else spec.rope_share
+            q[..., part] *= math.sqrt(target) / spread
+    logits = q @ keys.T * scale
+    spread = _spread(logits)
+    if spec.logit_mean:
+        q *= spec.logit_mean / logits.mean(-1, keepdim=True).abs().clamp_min(1e-300)
+    else:
+        q *= spec.logit_std / spread
+    return q.to(torch.bfloat16)
+
+
+def _spread(logits: torch.Tensor) -> torch.Tensor:
+    """Standard deviation over all heads and tokens, 1 where there is none."""
+    std = logits.std(correction=0) if logits.numel() else logits.new_zeros(())
+    return torch.where(std > 0, std, 1.0)
+
+
+def cycle(values: tuple[float, ...] | None, count: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """`values` repeated to `count` entries."""
+    if values is None:
+        return None
+    return torch.tensor([values[i % len(values)] for i in range(count)], dtype=dtype)
+
+
+def move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To the device, keeping strides: `.to` would make a slice contiguous."""
+    if x.device == device or x.is_contiguous():
+        return x.to(device)
+    span = 1 + sum((s - 1) * stride for s, stride in zip(x.shape, x.stride(), strict=True))
+    flat = x.as_strided((span,), (1,)).to(device)
+    return flat.as_strided(x.shape, x.stride())
+
+
+def _strided(
+    q: torch.Tensor, indices: torch.Tensor, valid: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same numbers as slices of larger tensors whose other entries are poison."""
+    *lead, h, d = q.shape
+    wide_q = torch.full((*lead, h + 3, d + 64), float("nan"), dtype=q.dtype)
+    wide_q[..., :h, :d] = q
+    wide_i = torch.full((*indices.shape[:-1], indices.shape[-1] + 37), valid, dtype=torch.int32)
+    wide_i[..., : indices.shape[-1]] = indices
+    return wide_q[..., :h, :d], wide_i[..., : indices.shape[-1]]
+
+
+def _none(g: torch.Generator, x: torch.Tensor, slots: int) -> torch.Tensor:
+    return x
+
+
+def _front(g: torch.Generator, x: torch.Tensor, slots: int) -> torch.Tensor:
+    x[:, : max(1, x.shape[1] * 3 // 8)] = -1
+    return x
+
+
+def _middle(g: torch.Generator, x: torch.Tensor, slots: int) -> torch.Tensor:
+    x[:, x.shape[1] // 4 : x.shape[1] * 3 // 4] = -1
+    return x
+
+
+def _random(g: torch.Generator, x: torch.Tensor, slots: int) -> torch.Tensor:
+    return torch.where(torch.rand(x.shape, generator=g) < 0.4, -1, x)
+
+
+def _chunk(g: torch.Generator, x: torch.Tensor, slots: int) -> torch.Tensor:
+    """The second 64 entries are -1; every other row loses its first 64 instead."""
+    x[0::2, 64:128] = -1
+    x[1::2, 0:64] = -1
+    return x
+
+
+def _most(g: torch.Generator, x: torch.Tensor, slots: int) -> torch.Tensor:
+    """Only one entry in 50 is left, none of the first 64, and the last one."""
+    keep = torch.rand(x.shape, generator=g) < 0.02
+    keep[:, :64] = False
+    keep[:, -1:] = True
+    return torch.where(keep, x, -1)
+
+
+def _large(g: torch.Generator, x: torch.Tensor, slots: int) -> torch.Tensor:
+    bad = torch.tensor([INT_MAX, slots, slots + 1, slots + 64, 2**30])
+    return _sprinkle(g, x, bad)
+
+
+def _negative(g: torch.Generator, x: torch.Tensor, slots: int) -> torch.Tensor:
+    return _sprinkle(g, x, torch.tensor([INT_MIN, -2, -64, -slots, -(2**30)]))
+
+
+def _sprinkle(g: torch.Generator, x: torch.Tensor, bad: torch.Tensor) -> torch.Tensor:
+    pick = bad[torch.randint(0, bad.numel(), x.shape, generator=g)]
+    return torch.where(torch.rand(x.shape, generator=g) < 0.3, pick, x)
+
+
+def _some_rows_empty(g: torch.Generator, x: torch.Tensor, slots: int) -> torch.Tensor:
+    x[1::2] = -1
+    return x
+
+
+def _all_rows_empty(g: torch.Generator, x: torch.Tensor, slots: int) -> torch.Tensor:
+    return torch.full_like(x, -1)
+
+
+HOLES = {
+    "none": _none,
+    "front": _front,
+    "middle": _middle,
+    "random": _random,
+    "chunk": _chunk,
+    "most": _most,
+    "large": _large,
+    "negative": _negative,
+    "some_rows_empty": _some_rows_empty,
+    "all_rows_empty": _all_rows_empty,
+}

@@ -1,0 +1,175 @@
+"""Cases of the cache writer (op "kv_write")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..kv_layout import E4M3_MAX, get_layout
+from .case import Case, WriteInputs
+from .case_inputs import VALUES, normal, poisoned_cache, rng, uniform
+from .case_special import large_cache
+
+Fill = Callable[[torch.Generator, torch.Tensor], torch.Tensor]
+
+
+def _zero_tiles(g: torch.Generator, x: torch.Tensor) -> torch.Tensor:
+    """Tiles, and whole tokens, that are all zero."""
+    x[0::4, 0:128] = 0
+    x[1::4, 256:] = 0
+    x[2::4] = 0
+    return x
+
+
+def _magnitudes(g: torch.Generator, x: torch.Tensor) -> torch.Tensor:
+    """Tiles from 1e-30 to 1e30, one of each in a token, and fp32's own extremes."""
+    tiles = x.shape[1] // 128
+    powers = torch.tensor([-30.0, 30.0, -6.0, 0.0, 12.0, -20.0, 25.0])
+    pick = powers[torch.randint(0, len(powers), (x.shape[0], tiles), generator=g)]
+    x = x * (10.0**pick).repeat_interleave(128, 1)
+    x[0, 0:128] = normal(g, 128) * 2.0**-126
+    x[1, 0:128] = torch.sign(normal(g, 128)) * 3e38
+    return x
+
+
+def _saturating(g: torch.Generator, x: torch.Tensor) -> torch.Tensor:
+    """Tiles whose largest value divided by the scale lands on 448 or a rounding above it."""
+    peak = uniform(g, 0.1, 1000, x.shape[0], 1)
+    x = x.clamp(-1, 1) * peak
+    x[:, 0::128] = peak
+    x[:, 1::128] = -peak
+    x[:, 2::128] = torch.nextafter(peak, torch.zeros_like(peak))
+    x[:, 3::128] = peak * (E4M3_MAX - 8) / E4M3_MAX
+    return x
+
+
+def _not_finite(g: torch.Generator, x: torch.Tensor) -> torch.Tensor:
+    """NaN and Inf in some places; the rest of their tile stays as good as it was."""
+    x[0, 5] = float("nan")
+    x[1, 200] = float("inf")
+    x[2, 300] = float("-inf")
+    x[3, 384:512] = float("nan")
+    return x
+
+
+def _write_case(
+    name: str,
+    about: str,
+    shows: tuple[str, ...],
+    fill: Fill | None = None,
+    *,
+    layout: str = "v32_fp8",
+    values: str = "gaussian",
+    rounding: str = "amax",
+    page_size: int = 64,
+    page_pad: int = 0,
+    skip: bool = False,
+    past_2gib: bool = False,
+    dtype: torch.dtype = torch.float32,
+    n: int = 48,
+    quick: bool = False,
+) -> Case:
+    full = f"kv_write/{name}"
+
+    def build(seed: int, device: torch.device) -> list[WriteInputs]:
+        g = rng(seed, full)
+        fields = get_layout(layout)
+        x = VALUES[values](g, n, fields.latent.count)
+        if fill is not None:
+            x = fill(g, x)
+        rope = normal(g, n, 64).to(device, dtype) if fields.rope else None
+        if past_2gib:
+            cache = large_cache(layout, page_size, None, device)
+            at = torch.tensor([2**31, 2**32]) // cache.token_stride
+            slots = torch.cat([at[0] + torch.arange(n // 2), at[1] + torch.arange(n - n // 2)])
+            slots = slots[torch.randperm(n, generator=g)] - 8
+        else:
+            cache = poisoned_cache(-(-2 * n // page_size) + 1, page_size, layout, page_pad, device)
+            slots = torch.randperm(cache.num_slots, generator=g)[:n]
+        if skip:
+            slots[torch.rand(n, generator=g) < 0.4] = -1
+        latent = x.to(device, dtype)
+        return [WriteInputs(cache, latent, rope, slots.to(device), rounding)]
+
+    return Case(full, "kv_write", about, shows, build, quick=quick)
+
+
+WRITE_CASES: tuple[Case, ...] = (
+    _write_case("gaussian", "Gaussian tokens, fp32 scales", (), quick=True),
+    _write_case("gaussian/bf16_input", "bf16 tokens", (), dtype=torch.bfloat16),
+    _write_case(
+        "gaussian/pow2", "scales rounded up to powers of two", (), rounding="pow2", quick=True
+    ),
+    _write_case(
+        "outlier_channels", "outlier channels: most values near zero", (), values="outlier_channels"
+    ),
+    _write_case(
+        "zero_tiles",
+        "all-zero tiles and tokens: 0/0 must not happen",
+        ("writer_zero_tile_nan",),
+        _zero_tiles,
+        quick=True,
+    ),
+    _write_case(
+        "zero_tiles/pow2",
+        "all-zero tiles, power-of-two scales",
+        ("writer_zero_tile_nan",),
+        _zero_tiles,
+        rounding="pow2",
+    ),
+    _write_case(
+        "magnitudes", "tiles from 1e-30 to 1e30", ("writer_tiny_flushed",), _magnitudes, quick=True
+    ),
+    _write_case(
+        "magnitudes/pow2",
+        "tiles from 1e-30 to 1e30, power-of-two scales",
+        ("writer_tiny_flushed",),
+        _magnitudes,
+        rounding="pow2",
+    ),
+    _write_case(
+        "saturation",
+        "values at 448 times the scale and a rounding beyond",
+        ("writer_no_saturation",),
+        _saturating,
+        quick=True,
+    ),
+    _write_case(
+        "saturation/pow2",
+        "the same with power-of-two scales",
+        ("writer_no_saturation",),
+        _saturating,
+        rounding="pow2",
+    ),
+    _write_case(
+        "not_finite", "NaN and Inf stay visible and leave their tile alone", (), _not_finite
+    ),
+    _write_case(
+        "skip",
+        "-1 skips a token; nothing else is touched",
+        ("writer_slot_off_by_page",),
+        skip=True,
+        quick=True,
+    ),
+    _write_case("page_size/53", "53 tokens per page", ("writer_slot_off_by_page",), page_size=53),
+    _write_case("page_size/1", "one token per page", ("writer_slot_off_by_page",), page_size=1),
+    _write_case(
+        "page_stride",
+        "padded page stride: bytes between pages stay",
+        ("writer_slot_off_by_page", "writer_packed_stride"),
+        page_pad=4096,
+        page_size=16,
+        quick=True,
+    ),
+    _write_case(
+        "offsets",
+        "slots either side of 2^31 and 2^32 bytes",
+        ("writer_slot_off_by_page", "writer_int32_overflow"),
+        past_2gib=True,
+    ),
+    _write_case("bf16", "bf16 layout", ("writer_slot_off_by_page",), layout="bf16", page_size=16),
+    _write_case(
+        "bf16_nope", "bf16 layout without RoPE", (), layout="bf16_nope", page_size=16, skip=True
+    ),
+)

@@ -1,0 +1,95 @@
+"""The case catalogue: every failure in docs/faults.md as an input, and plain inputs beside them.
+
+Most cases are one `Draw` (case_inputs.py); those that need a hand-made call are in
+case_special.py, the cache writer's in case_writes.py. Sizes are small on purpose: a fault in how
+bytes are read shows on two rows.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import torch
+
+from .case import Case, Inputs
+from .case_inputs import Draw, draw
+from .case_special import SPECIAL_CASES
+from .case_writes import WRITE_CASES
+from .cases_shapes import SHAPE_CASES
+from .cases_values import VALUE_CASES
+
+ALL_LAYOUTS = ("v32_fp8", "bf16", "bf16_nope")
+
+CASES: tuple[Case, ...] = (
+    *VALUE_CASES,
+    *SHAPE_CASES,
+    *SPECIAL_CASES,
+    *WRITE_CASES,
+)
+
+
+def random_case(seed: int) -> Case:
+    """A small case drawn at random, clean or hostile: what no correct kernel may fail."""
+    spec = random_draw(random.Random(seed))
+    name = f"random/{seed}"
+
+    def build(case_seed: int, device: torch.device) -> list[Inputs]:
+        return [draw(spec, case_seed, name, device)]
+
+    layout = f"{spec.layout}, {spec.values}, {spec.scales}, holes {spec.holes}"
+    about = f"{layout}, h {spec.h}, topk {spec.topk}, page {spec.page_size}"
+    return Case(name, spec.op, about, (), build)
+
+
+def random_draw(r: random.Random) -> Draw:
+    """A random `Draw`, small enough for about 10 ms."""
+    op = r.choice(("decode", "decode", "prefill"))
+    spec = Draw(
+        op=op,
+        layout=r.choice(("v32_fp8", "v32_fp8", *ALL_LAYOUTS)),
+        b=r.randint(1, 3),
+        s_q=r.randint(1, 2) if op == "decode" else r.randint(1, 4),
+        h=r.choice((1, 2, 4, 5, 8)),
+        topk=r.choice((1, 7, 33, 64, 65, 100, 128)),
+        page_size=r.choice((1, 2, 16, 53, 64)),
+        values=r.choice(
+            (
+                "gaussian",
+                "gaussian",
+                "heavy_tailed",
+                "outlier_channels",
+                "shifted",
+                "token_magnitudes",
+                "tile_magnitudes",
+                "sparse_tiles",
+                "tiny",
+                "huge",
+            )
+        ),
+        logit_std=r.choice((0.0, 0.5, 1.5, 3.0, 8.0)),
+        holes=r.choice(
+            (
+                "none",
+                "none",
+                "front",
+                "middle",
+                "random",
+                "chunk",
+                "most",
+                "large",
+                "negative",
+                "some_rows_empty",
+            )
+        ),
+        page_pad=r.choice((0, 0, 64)),
+        strided=r.random() < 0.3,
+    )
+    if spec.layout == "v32_fp8":
+        spec = replace(spec, scales=r.choice(("amax", "amax", "pow2", "log_uniform")))
+    if r.random() < 0.3:
+        spec = replace(spec, lengths=tuple(r.randint(0, spec.topk) for _ in range(4)))
+    if r.random() < 0.3:
+        sinks = (-3.0, 0.0, 2.0, 6.0, float("inf"), float("-inf"))
+        spec = replace(spec, sink=tuple(r.choice(sinks) for _ in range(3)))
+    return spec

@@ -1,0 +1,205 @@
+"""Adapters: what the gate can put on trial, behind one interface (`case.Implementation`)."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .case import Inputs, NotOffered, Output, WriteInputs
+
+
+class Backend:
+    """A backend of this library, through its public functions."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def new_state(self) -> None:
+        return None
+
+    def run(self, inputs: Inputs, state: Any) -> Output:
+        import sparse_mla
+
+        if inputs.op == "decode":
+            out, lse = sparse_mla.decode(
+                inputs.q,
+                inputs.cache,
+                inputs.indices,
+                scale=inputs.scale,
+                topk_length=inputs.topk_length,
+                attn_sink=inputs.attn_sink,
+                extra_cache=inputs.extra_cache,
+                extra_indices=inputs.extra_indices,
+                extra_topk_length=inputs.extra_topk_length,
+                backend=self.name,
+            )
+            return Output(out, lse)
+        kv = bf16_rows(inputs)
+        out, max_logits, lse = sparse_mla.prefill(
+            inputs.q,
+            inputs.cache if kv is None else kv,
+            inputs.indices,
+            scale=inputs.scale,
+            topk_length=inputs.topk_length,
+            attn_sink=inputs.attn_sink,
+            backend=self.name,
+        )
+        return Output(out, lse, max_logits)
+
+    def write(self, inputs: WriteInputs) -> None:
+        inputs.cache.append(
+            inputs.latent, inputs.rope, inputs.slots, scale_rounding=inputs.scale_rounding
+        )
+
+
+class ModuleProvider:
+    """Any importable module with FlashMLA's function names and signatures.
+
+    What the module lacks, or refuses with NotImplementedError, is not offered. Its caches, shapes
+    and lse convention (+inf for a row with nothing valid) are FlashMLA's. A shape that it refuses
+    otherwise is padded as FlashMLA's callers do (`pad`), and the answer says so.
+    """
+
+    def __init__(self, module_name: str) -> None:
+        """Import the module; ImportError says what is missing."""
+        self.name = module_name
+        self.module: ModuleType = importlib.import_module(module_name)
+        if not any(hasattr(self.module, name) for name in FLASH_MLA_NAMES):
+            raise ImportError(f"module {module_name} has none of {', '.join(FLASH_MLA_NAMES)}")
+
+    def _function(self, name: str) -> Any:
+        function = getattr(self.module, name, None)
+        if function is None:
+            raise NotOffered(f"{self.name} has no {name}")
+        return function
+
+    def new_state(self) -> Any:
+        """Scheduling metadata of one caller, made on first use as FlashMLA's callers do."""
+        make = getattr(self.module, "get_mla_metadata", None)
+        if make is None:
+            return _State(None, None)
+        # A refused call may leave its shape in the metadata, so padded calls have their own.
+        return _State(make()[0], make()[0])
+
+    def run(self, inputs: Inputs, state: Any) -> Output:
+        try:
+            return self._attend(inputs, state.plain)
+        except (NotOffered, NotImplementedError):
+            raise
+        except Exception as refusal:
+            padded, what = pad(inputs)
+            if not what:
+                raise
+            try:
+                output = self._attend(padded, state.padded)
+            except Exception:
+                raise refusal from None
+            reason = " ".join(f"{type(refusal).__name__}: {refusal}".split())[:120]
+            note = f"{' and '.join(what)} padded, refused as given ({reason})"
+            heads = inputs.q.shape[-2]
+            top = output.max_logits
+            return replace(
+                output,
+                out=output.out[..., :heads, :],
+                lse=output.lse[..., :heads],
+                max_logits=None if top is None else top[..., :heads],
+                padded=what,
+                note=note,
+            )
+
+    def _attend(self, inputs: Inputs, metadata: Any) -> Output:
+        return self._decode(inputs, metadata) if inputs.op == "decode" else self._prefill(inputs)
+
+    def _decode(self, inputs: Inputs, state: Any) -> Output:
+        decode = self._function("flash_mla_with_kvcache")
+        quantised = inputs.cache.layout.quantised
+        dtype = torch.float8_e4m3fn if quantised else torch.bfloat16
+        extra = inputs.extra_cache
+        try:
+            out, lse = decode(
+                inputs.q,
+                inputs.cache.tensor().view(dtype),
+                None,
+                None,
+                inputs.cache.layout.d_v,
+                state,
+                None,
+                inputs.scale,
+                False,
+                quantised,
+                inputs.indices,
+                inputs.attn_sink,
+                None if extra is None else extra.tensor().view(dtype),
+                inputs.extra_indices,
+                inputs.topk_length,
+                inputs.extra_topk_length,
+            )
+        except AssertionError as error:
+            # FlashMLA states with an assert that sparse decode takes FP8 caches only.
+            if not quantised and "is_fp8_kvcache" in str(error):
+                raise NotOffered(f"sparse decode over {inputs.cache.layout.name}") from error
+            raise
+        return Output(out, lse.transpose(1, 2), None, float("inf"))
+
+    def _prefill(self, inputs: Inputs) -> Output:
+        prefill = self._function("flash_mla_sparse_fwd")
+        kv = bf16_rows(inputs)
+        if kv is None:
+            raise NotOffered(f"sparse prefill over a {inputs.cache.layout.name} cache")
+        out, max_logits, lse = prefill(
+            inputs.q,
+            kv,
+            inputs.indices.unsqueeze(1),
+            inputs.scale,
+            inputs.cache.layout.d_v,
+            inputs.attn_sink,
+            inputs.topk_length,
+        )
+        return Output(out, lse, max_logits, float("inf"))
+
+    def write(self, inputs: WriteInputs) -> None:
+        raise NotOffered("FlashMLA's interface has no cache writer")
+
+
+@dataclass(frozen=True)
+class _State:
+    plain: Any
+    padded: Any
+
+
+# What FlashMLA's kernels take, and its callers pad to.
+PADDED_HEADS = (64, 128)
+PADDED_TOPK = 128
+
+
+def pad(inputs: Inputs) -> tuple[Inputs, tuple[str, ...]]:
+    """The call with heads padded by zeros and index lists by -1, and which of them that changed."""
+    what: list[str] = []
+    q, sink, indices = inputs.q, inputs.attn_sink, inputs.indices
+    heads, topk = q.shape[-2], indices.shape[-1]
+    target = next((n for n in PADDED_HEADS if n >= heads), heads)
+    if target != heads:
+        what.append("heads")
+        q = torch.nn.functional.pad(q, (0, 0, 0, target - heads))
+        if sink is not None:
+            sink = torch.nn.functional.pad(sink, (0, target - heads))
+    more = -topk % PADDED_TOPK
+    if more:
+        what.append("topk")
+        indices = torch.nn.functional.pad(indices, (0, more), value=-1)
+    return replace(inputs, q=q, attn_sink=sink, indices=indices), tuple(what)
+
+
+FLASH_MLA_NAMES = ("flash_mla_with_kvcache", "flash_mla_sparse_fwd")
+
+
+def bf16_rows(inputs: Inputs) -> torch.Tensor | None:
+    """The cache as prefill's kv tensor [s_kv, 1, d_qk] bf16, a view; None if it is not one."""
+    cache = inputs.cache
+    if cache.layout.quantised or cache.page_size != 1:
+        return None
+    return cache.rows_view().view(torch.bfloat16)

@@ -1,0 +1,93 @@
+"""Adapters of modules with FlashMLA's names: refusals, padding as engines do it, what is said."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+
+from sparse_mla.accuracy.cases import CASES
+from sparse_mla.accuracy.gate import FAILED, NOT_OFFERED, PASSED, run_case
+from sparse_mla.accuracy.providers import ModuleProvider, pad
+from sparse_mla.compat import flash_mla
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+def make_module(monkeypatch: pytest.MonkeyPatch, heads: tuple[int, ...], topk: int) -> str:
+    """A module that answers right but refuses other head counts and topk, as FlashMLA does."""
+    module = types.ModuleType("picky_flash_mla")
+
+    def refuse(q: torch.Tensor, indices: torch.Tensor) -> None:
+        if q.shape[-2] not in heads:
+            raise RuntimeError(f"Unsupported h_q: {q.shape[-2]}")
+        if indices.shape[-1] % topk:
+            raise RuntimeError(f"Assertion error: topk {indices.shape[-1]}")
+
+    def decode(q: torch.Tensor, k: torch.Tensor, *args: Any) -> Any:
+        refuse(q, args[8])
+        return flash_mla.flash_mla_with_kvcache(q, k, *args)
+
+    def prefill(q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, *args: Any) -> Any:
+        refuse(q, indices)
+        return flash_mla.flash_mla_sparse_fwd(q, kv, indices, *args)
+
+    module.flash_mla_with_kvcache = decode  # type: ignore[attr-defined]
+    module.flash_mla_sparse_fwd = prefill  # type: ignore[attr-defined]
+    module.get_mla_metadata = flash_mla.get_mla_metadata  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module.__name__
+
+
+def first_case(op: str, shows: str | None = None) -> str:
+    for case in CASES:
+        if case.op == op and (shows is None or shows in case.shows):
+            return case.name
+    raise LookupError(f"no {op} case shows {shows}")
+
+
+@pytest.mark.parametrize("op", ("decode", "prefill"))
+def test_refused_heads_are_padded_and_said(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    provider = ModuleProvider(make_module(monkeypatch, (64, 128), 1))
+    result = run_case(provider, BY_NAME[f"{op}/gaussian" if op == "decode" else first_case(op)])
+    assert result.status == PASSED
+    assert "heads padded" in result.detail
+    assert "Unsupported h_q" in result.detail
+
+
+@pytest.mark.parametrize("fault", ("heads_beyond_tail", "last_block_unmasked"))
+def test_cases_about_what_is_padded_are_not_offered(
+    monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    name = make_module(monkeypatch, (64, 128), 128)
+    result = run_case(ModuleProvider(name), BY_NAME[first_case("decode", fault)])
+    assert result.status == NOT_OFFERED
+
+
+def test_a_refusal_that_padding_does_not_cure_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run_case(ModuleProvider(make_module(monkeypatch, (), 1)), BY_NAME["decode/gaussian"])
+    assert result.status == FAILED
+    assert "Unsupported h_q" in result.detail
+
+
+def test_nothing_is_padded_for_a_module_that_takes_the_shape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = make_module(monkeypatch, tuple(range(1, 129)), 1)
+    result = run_case(ModuleProvider(name), BY_NAME["decode/gaussian"])
+    assert result.status == PASSED
+    assert result.detail == ""
+
+
+def test_pad_reaches_the_shapes_that_flash_mla_takes() -> None:
+    for case in CASES:
+        if case.op == "kv_write" or not case.quick:
+            continue
+        for call in case.build(0, torch.device("cpu")):
+            padded, what = pad(call)
+            assert padded.q.shape[-2] in (64, 128)
+            assert padded.indices.shape[-1] % 128 == 0
+            assert ("heads" in what) == (call.q.shape[-2] not in (64, 128))
