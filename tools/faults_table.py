@@ -1,7 +1,6 @@
-"""Writes the table in docs/faults.md from the fault library and the case catalogue.
+"""Prints the table of docs/faults.md, made from the fault library and the case catalogue.
 
-    python tools/faults_table.py            # print the table
-    python tools/faults_table.py --write    # put it into docs/faults.md
+With --write it puts the table into the document.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ stop each of them. As hypotheses, they are compared with the wrong answers of a 
 from __future__ import annotations
 
 from .faults_fault import Fault
-from .faults_kernel import KERNEL, Arithmetic, EmulatedKernel
+from .faults_kernel import EmulatedKernel
 from .faults_reading import READING
 from .faults_softmax import SOFTMAX
 from .faults_whole import WHOLE
@@ -29,6 +29,3 @@ def get_fault(name: str) -> Fault:
 
 class CleanKernel(EmulatedKernel):
     """No fault: exact fp32 scales, bf16 weights, fp32 sums. The gate must let it pass."""
-
-    def __init__(self, arithmetic: Arithmetic = KERNEL) -> None:
-        super().__init__(arithmetic)

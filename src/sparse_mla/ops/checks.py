@@ -34,20 +34,21 @@ def check_query(q: torch.Tensor, dims: tuple[str, ...], cache: KVCache) -> None:
 
 def check_indices(indices: torch.Tensor, lead: tuple[int, ...], q: torch.Tensor) -> None:
     """indices is int32 [*lead, topk] on q's device with a contiguous last dim."""
-    shape = ", ".join(str(n) for n in lead)
-    if not isinstance(indices, torch.Tensor) or indices.dim() != len(lead) + 1:
-        given = (
-            tuple(indices.shape) if isinstance(indices, torch.Tensor) else type(indices).__name__
-        )
-        raise ValueError(f"indices is {given}, must be a tensor [{shape}, topk]")
-    if tuple(indices.shape[:-1]) != lead:
-        raise ValueError(f"indices has shape {tuple(indices.shape)}, must be [{shape}, topk]")
+    if not isinstance(indices, torch.Tensor):
+        raise ValueError(f"indices is {type(indices).__name__}, must be a tensor {_lists(lead)}")
+    if indices.dim() != len(lead) + 1 or tuple(indices.shape[:-1]) != lead:
+        raise ValueError(f"indices is {tuple(indices.shape)}, must be a tensor {_lists(lead)}")
     if indices.dtype != torch.int32:
         raise ValueError(f"indices has dtype {indices.dtype}, must be torch.int32")
     if indices.shape[-1] > 1 and indices.stride(-1) != 1:
         raise ValueError(f"indices has strides {indices.stride()}, the last dim must be contiguous")
     if indices.device != q.device:
         raise ValueError(f"indices is on {indices.device}, q is on {q.device}")
+
+
+def _lists(lead: tuple[int, ...]) -> str:
+    # Only for messages: sizes are symbols while torch.compile traces, and str() of one fails.
+    return f"[{', '.join(str(n) for n in lead)}, topk]"
 
 
 def check_vector(

@@ -1,18 +1,22 @@
 """Sparse attention on CPU: torch's threads, float32 arithmetic, bounded workspace.
 
-Tokens are gathered in blocks of `BLOCK_ROWS` rows, decoded to float32 and folded into a running
-softmax, so that memory never depends on topk or on the number of queries.
+A block is `BLOCK_QUERIES` query tokens over `CHUNK` tokens of each one's list: gather the rows,
+decode them to float32, fold them into a running softmax. Its buffers, 20 MB, are kept between
+calls: fresh buffers are fresh pages, and their faults took most of the time.
 
-torch's own e4m3 cast is not vectorised and would take most of the time. e4m3 bits shifted into a
-float16 are the same number times 2^-8 (bias 7 against 15), subnormals included, so four values
-are decoded at once by integer operations on an int32 word, and the 2^8 goes into the scale. The
-two halves of the words land in separate planes, which permutes the latent dims: q is permuted to
-match, and the output is permuted back.
+torch's own e4m3 cast is not vectorised and would take most of the rest. e4m3 bits shifted into a
+float16 are the same number times 2^-8 (bias 7 against 15), subnormals included, so values are
+decoded by integer operations on pairs, and the 2^8 goes into the scale. The two halves of the
+pairs land in separate planes, which permutes the latent dims: q is permuted to match, and the
+output is permuted back.
 """
 
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -20,13 +24,16 @@ from ...kv_cache import KVCache
 from ...kv_layout import KVLayout
 from ...reference import sink_factor, valid_indices
 
-# 1024 rows of 576 floats are 2.4 MB: with the raw bytes about what two cores' L2 holds.
-BLOCK_ROWS = 1024
-# Queries handled together; their accumulators stay in cache beside the rows.
+# A fixed chunk makes a query's bits independent of what else is in the batch. 8 x 512 rows are
+# 9 MB of float32; 2 x 512 stay in L2 but meet four times as many barriers between the threads.
+CHUNK = 512
 BLOCK_QUERIES = 8
 
-_HIGH_SIGNS = -0x7FFF8000  # 0x80008000
-_HIGH_MAGNITUDES = 0x3F803F80
+# Below this many rows threads would wait for each other longer than they work; on a busy machine
+# each of a block's thirty operations can then cost a time slice.
+THREADED_ROWS = 4096
+
+_HALF_BITS = -0x4080  # 0xbf80: sign, four bits of exponent, three of mantissa
 
 
 def run(
@@ -39,7 +46,7 @@ def run(
     num_splits: int,
     batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode; see interface.decode. Splits mean nothing here."""
+    """Decode; see interface.decode. Splits mean nothing here, and every row is batch invariant."""
     b, s_q, heads, d_qk = q.shape
     lengths = None if topk_length is None else topk_length.repeat_interleave(s_q)
     out, lse, _ = attend(
@@ -49,7 +56,6 @@ def run(
         lengths,
         attn_sink,
         scale,
-        batch_invariant,
     )
     return out.view(b, s_q, heads, cache.layout.d_v), lse.view(b, s_q, heads)
 
@@ -61,75 +67,98 @@ def attend(
     lengths: torch.Tensor | None,
     attn_sink: torch.Tensor | None,
     scale: float,
-    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention of n query tokens over their own lists of slots.
 
     Args:
         q: [n, h, d_qk] bf16. indices: [n, topk] int32. lengths: [n] int32 or None.
-        batch_invariant: cut every list into the same blocks, however many queries there are. A
-            lone query takes 1.35 times as long then.
 
     Returns:
         out [n, h, d_v] bf16, lse [n, h] float32, max_logits [n, h] float32; natural logarithms,
         -inf for a query with nothing valid.
     """
     n, heads, _ = q.shape
-    layout = cache.layout
-    gather = _Gather(cache)
-    out = torch.zeros(n, heads, layout.d_v, dtype=torch.bfloat16)
+    out = torch.zeros(n, heads, cache.layout.d_v, dtype=torch.bfloat16)
     lse = torch.full((n, heads), float("-inf"))
     max_logits = lse.clone()
-    for start in range(0, n, BLOCK_QUERIES):
-        part = slice(start, start + BLOCK_QUERIES)
-        queries = BLOCK_QUERIES if batch_invariant else min(BLOCK_QUERIES, n - start)
-        limit = None if lengths is None else lengths[part]
-        valid = valid_indices(indices[part], cache.num_slots, limit)
-        values, lse[part], max_logits[part] = _attend_block(
-            q[part], gather, indices[part], valid, scale, BLOCK_ROWS // queries
-        )
-        if attn_sink is not None:
-            values *= sink_factor(lse[part], attn_sink)[..., None]
-        out[part] = values.to(torch.bfloat16)
+    gather = _Gather(cache)
+    with torch.no_grad(), _threads_for(indices.numel()):
+        for start in range(0, n, BLOCK_QUERIES):
+            part = slice(start, start + BLOCK_QUERIES)
+            limit = None if lengths is None else lengths[part]
+            valid = valid_indices(indices[part], cache.num_slots, limit)
+            query = gather.permute_query(q[part].float() * scale)
+            values, lse[part], max_logits[part] = _attend(query, gather, indices[part], valid)
+            if attn_sink is not None:
+                values *= sink_factor(lse[part], attn_sink)[..., None]
+            out[part] = values
     return out, lse, max_logits
 
 
-def _attend_block(
-    q: torch.Tensor,
-    gather: _Gather,
-    indices: torch.Tensor,
-    valid: torch.Tensor,
-    scale: float,
-    step: int,
+def _attend(
+    query: torch.Tensor, gather: _Gather, indices: torch.Tensor, valid: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    n, heads, _ = q.shape
-    layout = gather.layout
-    query = gather.permute_query(q.float() * scale)
-    acc = torch.zeros(n, heads, layout.d_v)
-    total = torch.zeros(n, heads)
-    peak = torch.full((n, heads), float("-inf"))
-    for first in range(0, indices.shape[1], step):
-        ok = valid[:, first : first + step]
-        if not bool(ok.any()):
+    """A few queries [m, h, d_qk] float32, already scaled, over their lists [m, topk]."""
+    m, heads, _ = query.shape
+    d_v = gather.layout.d_v
+    acc = torch.zeros(m, heads, d_v)
+    total = torch.zeros(m, heads)
+    peak = torch.full((m, heads), float("-inf"))
+    all_valid = bool(valid.all())
+    for first in range(0, indices.shape[1], CHUNK):
+        chunk = slice(first, first + CHUNK)
+        ok = None if all_valid else valid[:, chunk]
+        if ok is not None and not bool(ok.any()):
             continue
-        keys = gather(indices[:, first : first + step], ok)
-        logits = torch.bmm(query, keys.transpose(1, 2))
-        logits.masked_fill_(~ok[:, None, :], float("-inf"))
-        new_peak = torch.maximum(peak, logits.amax(-1))
+        keys = gather(indices[:, chunk], ok)
+        # Tokens by heads: 1.2x faster than heads by tokens.
+        logits = scratch("logits", (m, keys.shape[1], heads), torch.float32)
+        torch.bmm(keys, query.transpose(1, 2), out=logits)
+        if ok is not None:
+            logits.masked_fill_(~ok[..., None], float("-inf"))
+        new_peak = torch.maximum(peak, logits.amax(1))
         # A query with nothing valid so far has peak -inf; subtracting 0 instead keeps exp at 0.
         base = torch.where(new_peak == float("-inf"), 0.0, new_peak)
-        p = logits.sub_(base[..., None]).exp_()
+        p = logits.sub_(base[:, None]).exp_()
         decay = torch.exp(peak - base)
-        total = total * decay + p.sum(-1)
-        acc.mul_(decay[..., None]).baddbmm_(p, keys[..., : layout.d_v])
+        total = total * decay + p.sum(1)
+        acc.mul_(decay[..., None]).baddbmm_(p.transpose(1, 2), keys[..., :d_v])
         peak = new_peak
     lse = peak + torch.log(total)
     acc /= torch.where(total == 0, 1.0, total)[..., None]
     return gather.unpermute_output(acc), lse, peak
 
 
+@contextmanager
+def _threads_for(rows: int) -> Iterator[None]:
+    """One thread for little work, the caller's number for more."""
+    before = torch.get_num_threads()
+    if rows >= THREADED_ROWS or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+_kept = threading.local()
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised buffer that this thread keeps; the next call by the same name reuses it."""
+    buffers: dict[str, torch.Tensor] = _kept.__dict__
+    size = math.prod(shape)
+    if name not in buffers or buffers[name].numel() < size:
+        # A tensor made in inference mode could not be written to outside it.
+        with torch.inference_mode(False):
+            buffers[name] = torch.empty(size, dtype=dtype)
+    return buffers[name][:size].view(shape)
+
+
 class _Gather:
-    """Reads tokens of a cache as float32 rows, latent dims in `order`."""
+    """Reads tokens of a cache as float32 rows; a quantised latent has its even dims first."""
 
     def __init__(self, cache: KVCache) -> None:
         self.layout: KVLayout = cache.layout
@@ -141,57 +170,62 @@ class _Gather:
         self.unit = 0 if self.words is None else self.words.stride(0) * 4
         self.page_stride = cache.pages.stride(0)
         self.token_stride = cache.token_stride
-        # Latent dim stored at position (plane, word, half) by the word-wise decode.
-        d = torch.arange(self.layout.latent.count).view(-1, 2, 2)
-        self.order = d.permute(2, 0, 1).reshape(-1)
 
     def permute_query(self, q: torch.Tensor) -> torch.Tensor:
+        """Dims of q [..., d_qk] in the order of the rows."""
         if not self.layout.quantised:
             return q
         width = self.layout.latent.count
-        return torch.cat([q[..., :width][..., self.order], q[..., width:]], dim=-1)
+        return torch.cat([_even_first(q[..., :width]), q[..., width:]], dim=-1)
 
     def unpermute_output(self, out: torch.Tensor) -> torch.Tensor:
+        """Dims of out [..., d_v] back in the layout's order."""
         if not self.layout.quantised:
             return out
-        restored = torch.empty_like(out)
-        restored[..., self.order] = out
-        return restored
+        return out.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
-    def __call__(self, indices: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Rows [n, t, d_qk] float32 of indices [n, t]; invalid entries read as zero rows."""
-        n, t = indices.shape
-        slots = indices.reshape(-1).long().masked_fill_(~valid.reshape(-1), 0)
+    def __call__(self, indices: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        """Rows [m, t, d_qk] float32 of indices [m, t]; entries not valid read as zero rows."""
+        m, t = indices.shape
+        slots = indices.reshape(-1).long()
+        if valid is not None:
+            slots.masked_fill_(~valid.reshape(-1), 0)
         page = torch.div(slots, self.page_size, rounding_mode="floor")
         offset = slots - page * self.page_size
-        if self.words is not None:
-            at = (page * self.page_stride + offset * self.token_stride) // self.unit
-            raw = self.words.index_select(0, at)
-        else:
+        if self.words is None:
             raw = self.rows[page, offset].contiguous().view(torch.int32)
-        if not bool(valid.all()):
+        else:
+            at = (page * self.page_stride + offset * self.token_stride) // self.unit
+            raw = scratch("raw", (m * t, self.words.shape[1]), torch.int32)
+            torch.index_select(self.words, 0, at, out=raw)
+        if valid is not None:
             raw.masked_fill_(~valid.reshape(-1, 1), 0)
-        return self._decode(raw).view(n, t, -1)
+        return self._decode(raw).view(m, t, -1)
 
     def _decode(self, raw: torch.Tensor) -> torch.Tensor:
         layout = self.layout
-        rows = torch.empty(raw.shape[0], layout.d_qk)
-        width = layout.latent.count
+        count, width = raw.shape[0], layout.latent.count
+        rows = scratch("rows", (count, layout.d_qk), torch.float32)
         if layout.scales is None:
-            rows.copy_(raw.view(torch.bfloat16)[:, : layout.d_qk])
-            return rows
-        packed = raw[:, layout.latent.offset // 4 : layout.latent.offset // 4 + width // 4]
-        halves = _e4m3_to_half_planes(packed)
-        latent = rows[:, :width].view(raw.shape[0], 2, layout.scales.count, layout.tile // 2)
+            return rows.copy_(raw.view(torch.bfloat16)[:, : layout.d_qk])
+        codes = raw.view(torch.uint8)[:, layout.latent.offset :][:, :width]
+        halves = _e4m3_to_half_planes(codes.view(torch.int16))
+        latent = rows[:, :width].view(count, 2, layout.scales.count, layout.tile // 2)
         latent.copy_(halves.view(latent.shape))
-        scales = layout.scales.read(raw.view(torch.uint8)) * 256.0
+        first = layout.scales.offset // 4
+        scales = raw.view(torch.float32)[:, first : first + layout.scales.count] * 256.0
         latent.mul_(scales[:, None, :, None])
-        nan = _nan_bytes(packed)
-        if nan is not None:
-            rows[:, :width][nan[:, self.order]] = float("nan")
+        if _has_nan(codes):
+            rows[:, :width][_even_first((codes & 0x7F) == 0x7F)] = float("nan")
         if layout.rope is not None:
-            rows[:, width:] = layout.rope.read(raw.view(torch.uint8))
+            first = layout.rope.offset // 2
+            rows[:, width:] = raw.view(torch.bfloat16)[:, first : first + layout.rope.count]
         return rows
+
+
+def _even_first(x: torch.Tensor) -> torch.Tensor:
+    """The last dim's even entries, then its odd ones."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
 def _word_view(cache: KVCache) -> torch.Tensor | None:
@@ -209,22 +243,19 @@ def _word_view(cache: KVCache) -> torch.Tensor | None:
 
 
 def _e4m3_to_half_planes(packed: torch.Tensor) -> torch.Tensor:
-    """e4m3 words [n, w] int32 as float16 [n, 2, 2 w], each value times 2^-8.
+    """e4m3 pairs [n, w] int16 as float16 [n, 2, w], each value times 2^-8.
 
-    Plane 0 holds bytes 0 and 2 of every word, plane 1 bytes 1 and 3. The NaN code comes out as
-    480 * 2^-8.
+    Plane 0 holds the low bytes, plane 1 the high ones. A byte in the top half of a 16-bit lane,
+    shifted right by one with its sign kept, has sign, exponent and mantissa where float16 has
+    them, but for the sign's copy. The NaN code comes out as 480 * 2^-8.
     """
-    planes = torch.empty(packed.shape[0], 2, packed.shape[1], dtype=torch.int32)
+    planes = scratch("planes", (packed.shape[0], 2, packed.shape[1]), torch.int16)
     torch.bitwise_left_shift(packed, 8, out=planes[:, 0])
-    planes[:, 1] = packed
-    magnitudes = torch.bitwise_right_shift(planes, 1).bitwise_and_(_HIGH_MAGNITUDES)
-    return planes.bitwise_and_(_HIGH_SIGNS).bitwise_or_(magnitudes).view(torch.float16)
+    planes[:, 0].bitwise_right_shift_(1)
+    torch.bitwise_right_shift(packed, 1, out=planes[:, 1])
+    return planes.bitwise_and_(_HALF_BITS).view(torch.float16)
 
 
-def _nan_bytes(packed: torch.Tensor) -> torch.Tensor | None:
-    """Which of the e4m3 bytes in [n, w] int32 are NaN, [n, 4 w] bool; None if there are none."""
-    raw = packed.contiguous().view(torch.uint8)
-    # 0x7f is the largest int8 and 0xff the largest uint8: two reductions, no temporary.
-    if int(raw.view(torch.int8).amax()) < 0x7F and int(raw.amax()) < 0xFF:
-        return None
-    return (raw & 0x7F) == 0x7F
+def _has_nan(codes: torch.Tensor) -> bool:
+    """Whether e4m3 codes, uint8 [n, w], hold a NaN: the largest int8 0x7f or uint8 0xff."""
+    return int(codes.view(torch.int8).amax()) == 0x7F or int(codes.amax()) == 0xFF
