@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from sparse_mla.accuracy import gate
 from sparse_mla.accuracy.cases import CASES
-from sparse_mla.accuracy.gate import FAILED, NOT_OFFERED, PASSED, run_case
+from sparse_mla.accuracy.gate import FAILED, NOT_OFFERED, NOT_RUN, PASSED, run_case
 from sparse_mla.accuracy.providers import ModuleProvider, pad
 from sparse_mla.compat import flash_mla
 
@@ -91,3 +92,12 @@ def test_pad_reaches_the_shapes_that_flash_mla_takes() -> None:
             assert padded.q.shape[-2] in (64, 128)
             assert padded.indices.shape[-1] % 128 == 0
             assert ("heads" in what) == (call.q.shape[-2] not in (64, 128))
+
+
+def test_after_a_lost_context_the_rest_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    provider = ModuleProvider(make_module(monkeypatch, (), 1))
+    monkeypatch.setattr(gate, "context_lost", lambda device: True)
+    cases = [BY_NAME["decode/gaussian"], BY_NAME["prefill/gaussian"]]
+    results = gate.run_catalogue([provider], cases)
+    assert [r.status for r in results] == [FAILED, NOT_RUN]
+    assert results[1].detail == ("the CUDA context was lost in decode/gaussian on picky_flash_mla")

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 
 from .case import Case, Implementation
-from .gate import FAILED, NOT_OFFERED, NOT_RUN, PASSED, CaseResult, Prepared, run_catalogue
+from .gate import (
+    FAILED,
+    NOT_OFFERED,
+    NOT_RUN,
+    PASSED,
+    CaseResult,
+    Prepared,
+    context_lost,
+    run_catalogue,
+)
 from .providers import Backend, ModuleProvider
 
 FORMAT = "sparse_mla.check/1"
@@ -199,7 +208,12 @@ def run_check(
     if diagnose:
         for implementation in implementations:
             wrong = failing.get(implementation.name, [])
-            if wrong:
+            if wrong and context_lost(device):
+                text = "not possible, the CUDA context was lost: run the failing cases with --case"
+                report.diagnoses.append(
+                    {"implementation": implementation.name, "fault": None, "text": text}
+                )
+            elif wrong:
                 report.diagnoses.append(_diagnosis(implementation, wrong, seed, device))
     return report
 

@@ -174,6 +174,9 @@ def _run_attention(
         state = implementation.new_state()
         for i, call in enumerate(calls):
             output = implementation.run(call, state)
+            if ready.device.type == "cuda":
+                # A kernel's crash is reported by a later call; it belongs to this one.
+                torch.cuda.synchronize(ready.device)
             for what in output.padded:
                 if _HIDDEN_BY_PADDING[what] & set(ready.case.shows):
                     return result(NOT_OFFERED, output.note)
@@ -233,15 +236,31 @@ def run_catalogue(
     Args:
         on_result: called after each trial, with the inputs while they are still at hand.
     """
-    results = []
+    results: list[CaseResult] = []
+    lost: str | None = None
     for case in cases:
-        ready = prepare(case, seed, device)
+        ready = prepare(case, seed, device) if lost is None else None
         for implementation in implementations:
+            if ready is None or lost is not None:
+                ready = Prepared(case, seed, torch.device(device), [], [], lost)
             one = run_case(implementation, case, seed, device, limit, ready)
+            if one.status == FAILED and context_lost(ready.device):
+                lost = f"the CUDA context was lost in {case.name} on {implementation.name}"
             if on_result is not None:
                 on_result(one, ready)
             results.append(one)
     return results
+
+
+def context_lost(device: torch.device) -> bool:
+    """Whether an earlier crash of a kernel makes every further use of the GPU fail."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _badness(metrics: Metrics) -> tuple[bool, float]:
