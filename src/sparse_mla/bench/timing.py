@@ -1,4 +1,4 @@
-"""Time of one call: CUDA-graph replays with the L2 flushed, or wall clock on CPU; interleaved."""
+"""Time of one call: CUDA-graph replays with the L2 flushed, or wall clock on CPU."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ FLUSH_BYTES = 512 << 20
 def measure(
     calls: Mapping[str, Call], device: torch.device, samples: int
 ) -> dict[str, list[float]]:
-    """Microseconds of each call, `samples` times, one after the other in every round.
+    """Microseconds of each call, `samples` times.
 
-    Interleaving puts all providers under the same clocks; only their ratio within a run is meant
-    to be quoted.
+    On a GPU the providers take turns, which puts them under the same clocks. On CPU each has its
+    samples in a row: what the other left in caches and page tables is not the provider's time.
+    Only ratios within a run are meant to be quoted.
     """
     if device.type == "cuda":
         return _measure_cuda(calls, samples)
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
+    for name, call in calls.items():
         call()
-    for _ in range(samples):
-        for name, call in calls.items():
+        for _ in range(samples):
             start = time.perf_counter()
             call()
             times[name].append((time.perf_counter() - start) * 1e6)

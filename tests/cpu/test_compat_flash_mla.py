@@ -1,0 +1,182 @@
+"""The drop-in module: FlashMLA's signatures, shapes and lse conventions."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+from drawn import Call, assert_exact_but_for_rounding, decode_call, prefill_call
+from sparse_mla.compat import flash_mla
+
+REQUIRED = inspect.Parameter.empty
+
+# flash_mla/flash_mla_interface.py of deepseek-ai/FlashMLA at 9241ae3.
+SIGNATURES = {
+    "flash_mla_with_kvcache": {
+        "q": REQUIRED,
+        "k_cache": REQUIRED,
+        "block_table": REQUIRED,
+        "cache_seqlens": REQUIRED,
+        "head_dim_v": REQUIRED,
+        "tile_scheduler_metadata": REQUIRED,
+        "num_splits": None,
+        "softmax_scale": None,
+        "causal": False,
+        "is_fp8_kvcache": False,
+        "indices": None,
+        "attn_sink": None,
+        "extra_k_cache": None,
+        "extra_indices_in_kvcache": None,
+        "topk_length": None,
+        "extra_topk_length": None,
+    },
+    "flash_mla_sparse_fwd": {
+        "q": REQUIRED,
+        "kv": REQUIRED,
+        "indices": REQUIRED,
+        "sm_scale": REQUIRED,
+        "d_v": 512,
+        "attn_sink": None,
+        "topk_length": None,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name: str) -> None:
+    parameters = inspect.signature(getattr(flash_mla, name)).parameters
+    assert list(parameters) == list(SIGNATURES[name])
+    assert {n: p.default for n, p in parameters.items()} == SIGNATURES[name]
+    assert {p.kind for p in parameters.values()} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+
+
+def test_get_mla_metadata_takes_anything() -> None:
+    parameters = inspect.signature(flash_mla.get_mla_metadata).parameters
+    kinds = [p.kind for p in parameters.values()]
+    assert kinds == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
+    metadata, nothing = flash_mla.get_mla_metadata(torch.zeros(3), 64, is_fp8_kvcache=True)
+    assert nothing is None and isinstance(metadata, flash_mla.FlashMLASchedMeta)
+    assert metadata.have_initialized is False
+    assert metadata.tile_scheduler_metadata is None and metadata.num_splits is None
+    assert flash_mla.get_mla_metadata()[0] is not metadata
+
+
+def run_decode(call: Call, metadata: Any = None, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    layout = call.cache.layout
+    shaped = call.cache.rows_view()[:, :, None]
+    if not layout.quantised:
+        shaped = shaped.view(torch.bfloat16)
+    options = dict(call.options)
+    options["softmax_scale"] = options.pop("scale", None)
+    return flash_mla.flash_mla_with_kvcache(
+        call.q,
+        shaped,
+        None,
+        None,
+        512,
+        flash_mla.get_mla_metadata()[0] if metadata is None else metadata,
+        is_fp8_kvcache=layout.quantised,
+        indices=call.indices,
+        **options,
+        **more,
+    )
+
+
+def check_decode(call: Call, answer: tuple[torch.Tensor, torch.Tensor]) -> None:
+    out, lse = answer
+    b, s_q, heads, _ = call.q.shape
+    assert out.shape == (b, s_q, heads, 512) and out.dtype == torch.bfloat16
+    assert lse.shape == (b, heads, s_q) and lse.dtype == torch.float32
+    want = call.oracle()
+    empty = want.lse == float("-inf")
+    assert torch.equal(lse.transpose(1, 2) == float("inf"), empty), "+inf where nothing is valid"
+    ours = torch.where(lse == float("inf"), float("-inf"), lse).transpose(1, 2)
+    assert_exact_but_for_rounding(out, ours, want)
+
+
+@pytest.mark.parametrize("layout", ["v32_fp8", "bf16", "bf16_nope"])
+def test_decode(layout: str) -> None:
+    call = decode_call(layout, b=3, s_q=2, heads=5, lengths=True, sink=True, scale=0.07)
+    call.indices[0, 1] = -1
+    check_decode(call, run_decode(call))
+
+
+def test_arguments_by_position() -> None:
+    call = decode_call(heads=3)
+    cache = call.cache.rows_view()[:, :, None]
+    metadata = flash_mla.get_mla_metadata()[0]
+    answer = flash_mla.flash_mla_with_kvcache(
+        call.q, cache, None, None, 512, metadata, None, 0.05, False, True, call.indices
+    )
+    call.options["scale"] = 0.05
+    check_decode(call, answer)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn])
+def test_cache_dtypes(dtype: torch.dtype) -> None:
+    call = decode_call(heads=3)
+    cache = call.cache.rows_view()[:, :, None].view(dtype)
+    metadata = flash_mla.get_mla_metadata()[0]
+    answer = flash_mla.flash_mla_with_kvcache(
+        call.q, cache, None, None, 512, metadata, is_fp8_kvcache=True, indices=call.indices
+    )
+    check_decode(call, answer)
+
+
+def test_metadata_may_be_reused_with_other_lengths_and_shapes() -> None:
+    """FlashMLA's own object must not be; engines got that wrong, and here it cannot matter."""
+    metadata = flash_mla.get_mla_metadata()[0]
+    for seed, b, topk in ((0, 3, 100), (1, 3, 100), (2, 5, 100), (3, 1, 7), (4, 3, 100)):
+        call = decode_call(b=b, topk=topk, heads=3, lengths=True, seed=seed)
+        check_decode(call, run_decode(call, metadata))
+
+
+@pytest.mark.parametrize("width", [576, 512])
+def test_sparse_fwd(width: int) -> None:
+    call = prefill_call(
+        {576: "bf16", 512: "bf16_nope"}[width], s_q=5, heads=3, page_size=1, pages=300,
+        lengths=True, sink=True, scale=0.06,
+    )  # fmt: skip
+    kv = call.cache.rows_view().view(torch.bfloat16)
+    assert kv.shape == (300, 1, width)
+    out, max_logits, lse = flash_mla.flash_mla_sparse_fwd(
+        call.q, kv, call.indices[:, None], 0.06, 512,
+        call.options["attn_sink"], call.options["topk_length"],
+    )  # fmt: skip
+    assert max_logits.shape == lse.shape == (5, 3)
+    want = call.oracle()
+    empty = want.lse == float("-inf")
+    assert empty.any() and torch.equal(lse == float("inf"), empty)
+    assert torch.equal(max_logits == float("-inf"), empty)
+    assert torch.allclose(max_logits.double(), want.max_logits, rtol=2e-6, atol=2e-5)
+    assert_exact_but_for_rounding(out, torch.where(empty, float("-inf"), lse), want)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"indices": None}, "indices is None: dense"),
+        ({"extra_k_cache": torch.zeros(1, 1, 1, 656)}, "extra_k_cache"),
+        ({"extra_indices_in_kvcache": torch.zeros(2, 1, 4)}, "extra_indices_in_kvcache"),
+        ({"extra_topk_length": torch.zeros(2)}, "extra_topk_length"),
+        ({"q": torch.zeros(2, 1, 16, 512, dtype=torch.bfloat16)}, "d_qk 512 with an FP8 cache"),
+    ],
+)
+def test_what_is_not_there_yet_says_so(change: dict[str, Any], message: str) -> None:
+    call = decode_call(heads=16)
+    arguments = {
+        "q": call.q,
+        "k_cache": call.cache.rows_view()[:, :, None],
+        "block_table": None,
+        "cache_seqlens": None,
+        "head_dim_v": 512,
+        "tile_scheduler_metadata": flash_mla.get_mla_metadata()[0],
+        "is_fp8_kvcache": True,
+        "indices": call.indices,
+    }
+    flash_mla.flash_mla_with_kvcache(**arguments)
+    with pytest.raises(NotImplementedError, match=message):
+        flash_mla.flash_mla_with_kvcache(**{**arguments, **change})

@@ -1,0 +1,135 @@
+"""Which backend runs, and why the others do not, on machines that are not here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import sparse_mla
+from drawn import decode_call, prefill_call
+from sparse_mla import arch, dispatch
+from sparse_mla.arch import Arch
+from sparse_mla.dispatch import Request
+
+H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, "3.9.0", False)
+MACHINES = {
+    "sm_80": replace(H200, name="A100", capability=(8, 0), multiprocessors=108),
+    "sm_86": replace(H200, name="A10", capability=(8, 6), multiprocessors=72),
+    "sm_89": replace(H200, name="L4", capability=(8, 9)),
+    "sm_90": H200,
+    "sm_100": replace(H200, name="B200", capability=(10, 0)),
+    "sm_120": replace(H200, name="RTX 5090", capability=(12, 0)),
+}
+CPU = Arch("cpu", "CPU", None, 0, "3.9.0", False)
+REQUEST = Request(op="decode", layout="v32_fp8", heads=64)
+
+
+def chosen(request: Request, machine: Arch) -> list[str]:
+    return [a.backend for a in dispatch.explain(request, machine) if a.chosen]
+
+
+def answer(backend: str, request: Request, machine: Arch) -> tuple[bool, str]:
+    return next(
+        (a.ok, a.reason) for a in dispatch.explain(request, machine) if a.backend == backend
+    )
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("layout", ["v32_fp8", "bf16", "bf16_nope"])
+@pytest.mark.parametrize("name", MACHINES)
+def test_every_claimed_gpu_has_a_kernel(name: str, layout: str, op: str) -> None:
+    request = replace(REQUEST, op=op, layout=layout)
+    assert chosen(request, MACHINES[name]) == ["triton"]
+    ok, reason = answer("cpu", request, MACHINES[name])
+    assert not ok and "cuda" in reason
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_cpu(op: str) -> None:
+    request = replace(REQUEST, op=op)
+    assert chosen(request, CPU) == ["cpu"]
+    ok, reason = answer("triton", request, CPU)
+    assert not ok and "needs a GPU" in reason
+    # The interpreter is there to be asked for, never to be chosen.
+    assert answer("triton", request, replace(CPU, interpret=True))[0]
+    assert chosen(request, replace(CPU, interpret=True)) == ["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("machine", "reason"),
+    [
+        (replace(H200, triton=None), "triton is not installed"),
+        (replace(H200, triton="3.5.1"), "triton is 3.5.1, needs 3.6"),
+        (replace(H200, triton="2.3"), "triton is 2.3, needs 3.6"),
+        (replace(H200, hip=True, name="AMD MI300X"), "NVIDIA"),
+        (replace(H200, capability=(7, 5), name="T4"), "(7, 5), needs 8.0"),
+        (replace(H200, capability=None), "None, needs 8.0"),
+    ],
+)
+def test_reasons(machine: Arch, reason: str) -> None:
+    ok, said = answer("triton", REQUEST, machine)
+    assert not ok and reason in said
+    assert chosen(REQUEST, machine) == []
+    with pytest.raises(NotImplementedError) as caught:
+        dispatch.choose(REQUEST, machine)
+    assert said in str(caught.value) and machine.name in str(caught.value)
+    with pytest.raises(NotImplementedError) as caught:
+        dispatch.choose(REQUEST, machine, "triton")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.9.0", "3.10.0", "4.0", "3.7.1+git1a2b3c"])
+def test_new_enough_triton(version: str) -> None:
+    assert answer("triton", REQUEST, replace(H200, triton=version))[0]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("machine", [H200, CPU])
+def test_a_layout_without_a_kernel(backend: str, machine: Arch) -> None:
+    ok, reason = answer(backend, replace(REQUEST, layout="v4_fp8"), machine)
+    assert not ok and reason
+
+
+def test_a_backend_asked_for_by_name_runs_or_raises() -> None:
+    assert dispatch.choose(REQUEST, H200, "triton").name == "triton"
+    with pytest.raises(NotImplementedError, match="cpu: tensors are on cuda"):
+        dispatch.choose(REQUEST, H200, "cpu")
+    if arch.of("cpu").triton is None or arch.of("cpu").interpret:
+        pytest.skip("needs triton, not interpreting")
+    call = decode_call(heads=2)
+    with pytest.raises(NotImplementedError, match="triton: needs a GPU"):
+        sparse_mla.decode(call.q, call.cache, call.indices, backend="triton")
+    flat = prefill_call(heads=2)
+    with pytest.raises(NotImplementedError, match="triton: needs a GPU"):
+        sparse_mla.prefill(flat.q, flat.cache, flat.indices, backend="triton")
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ValueError, match="backend is 'sm90x', decode has: cpu, triton"):
+        dispatch.choose(REQUEST, H200, "sm90x")
+    with pytest.raises(ValueError, match="op is 'dense', allowed: decode, prefill"):
+        dispatch.explain(replace(REQUEST, op="dense"), H200)
+    with pytest.raises(ValueError, match="device is xpu, allowed: cpu, cuda"):
+        arch.of("xpu")
+
+
+def test_every_backend_that_can_be_loaded_loads() -> None:
+    for op in dispatch.OPS:
+        for backend in dispatch.backends_of(op):
+            if backend.name == "triton":
+                pytest.importorskip("triton")
+            assert callable(backend.load())
+
+
+def test_this_machine() -> None:
+    machine = arch.of("cpu")
+    assert machine.device == "cpu" and machine.shared_memory == 0
+    assert arch.default_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert "cpu" in dispatch.available_backends("cpu")
+
+
+def test_shared_memory_of_unknown_gpus_is_the_least() -> None:
+    assert replace(H200, capability=(13, 0)).shared_memory == 99 * 1024
+    assert H200.shared_memory == 227 * 1024

@@ -1,0 +1,204 @@
+"""Packing to bytes and back: every e4m3 value, the error bound, hostile magnitudes, planar."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from drawn import generator
+from sparse_mla.kv_layout import (
+    E4M3_MAX,
+    LAYOUTS,
+    Field,
+    KVLayout,
+    get_layout,
+    quantise_e4m3,
+)
+
+V32 = LAYOUTS["v32_fp8"]
+
+
+def e4m3_value(byte: int) -> float:
+    """The number an e4m3 byte stands for, from the definition: sign, 4 bits (bias 7), 3 bits."""
+    sign = -1.0 if byte & 0x80 else 1.0
+    exponent, mantissa = (byte >> 3) & 15, byte & 7
+    if exponent == 15 and mantissa == 7:
+        return math.nan
+    if exponent == 0:
+        return sign * mantissa / 8 * 2.0**-6
+    return sign * (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+
+
+def v32_rows(latent: torch.Tensor, scales: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """v32_fp8 rows put together by hand: 512 e4m3 bytes, 4 float32, 64 bf16."""
+    n = latent.shape[0]
+    parts = (latent, scales.view(torch.uint8).view(n, 16), rope.view(torch.uint8).view(n, 128))
+    return torch.cat(parts, dim=1)
+
+
+def test_v32_fields_lie_where_the_format_says() -> None:
+    made = generator(0)
+    latent = torch.randint(0, 256, (9, 512), generator=made).to(torch.uint8)
+    latent[(latent & 0x7F) == 0x7F] = 0
+    scales = torch.rand(9, 4, generator=made)
+    rope = torch.randn(9, 64, generator=made).to(torch.bfloat16)
+    got = V32.unpack(v32_rows(latent, scales, rope), torch.empty(9, 0, dtype=torch.uint8))
+    values = torch.tensor([e4m3_value(b) for b in range(256)], dtype=torch.float64)
+    want = values[latent.int()].view(9, 4, 128) * scales.double()[..., None]
+    assert torch.equal(got[:, :512], want.view(9, 512))
+    assert torch.equal(got[:, 512:], rope.double())
+
+
+def test_every_e4m3_value_survives_a_round_trip() -> None:
+    codes = torch.tensor([b for b in range(256) if b & 0x7F != 0x7F], dtype=torch.uint8)
+    values = torch.tensor([e4m3_value(int(b)) for b in codes])
+    # 254 codes and two extra 448 fill two tiles, each with amax 448: the scale is exactly 1.
+    tile = torch.cat([values[:127], values[127:], torch.tensor([448.0, 448.0])])
+    x = torch.cat([tile, tile])[None]
+    packed, scales = quantise_e4m3(x, 128)
+    assert torch.equal(scales, torch.ones(1, 4))
+    assert torch.equal(packed.view(torch.uint8)[0, :254], codes)
+    rows, footers = V32.pack(x, torch.zeros(1, 64))
+    assert torch.equal(V32.unpack(rows, footers)[0, :512], x[0].double())
+
+
+@pytest.mark.parametrize("rounding", ["amax", "pow2"])
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-3, 1.0, 300.0, 1e6, 1e30])
+def test_error_is_at_most_half_an_ulp(rounding: str, magnitude: float) -> None:
+    """Half an ulp of a normal e4m3 is 2^-4 of its power of two, of a subnormal 2^-10."""
+    x = magnitude * torch.randn(64, 512, generator=generator(1))
+    rows, footers = V32.pack(x, torch.zeros(64, 64), rounding)
+    back = V32.unpack(rows, footers)[:, :512]
+    scale = V32.scales.read(rows).double().repeat_interleave(128, 1)
+    unscaled = x.double() / scale
+    power = torch.exp2(unscaled.abs().clamp_min(2.0**-6).log2().floor())
+    # The division by the scale is rounded to float32: 2^-24 more.
+    bound = (power * 2.0**-4 + unscaled.abs() * 2.0**-23) * scale
+    assert ((back - x.double()).abs() <= bound).all()
+
+
+def test_amax_scale_is_amax_over_448() -> None:
+    x = torch.randn(32, 512, generator=generator(2)) * 3
+    _, scales = quantise_e4m3(x, 128, "amax")
+    assert torch.equal(scales, x.view(32, 4, 128).abs().amax(-1) / E4M3_MAX)
+    mantissa, _ = torch.frexp(scales)
+    assert (mantissa != 0.5).all(), "the default must not round scales to powers of two"
+
+
+def test_pow2_scale_is_the_next_power_of_two() -> None:
+    x = torch.randn(32, 512, generator=generator(3)) * torch.exp(
+        8 * torch.randn(32, 1, generator=generator(4))
+    )
+    x[0, 0], x[0, 1:128] = 448 * 4.0, 0.0  # already a power of two: stays
+    exact = (x.view(32, 4, 128).abs().amax(-1) / E4M3_MAX).double()
+    _, scales = quantise_e4m3(x, 128, "pow2")
+    mantissa, _ = torch.frexp(scales)
+    assert (mantissa == 0.5).all()
+    assert (scales.double() >= exact).all() and (scales.double() < 2 * exact).all()
+    assert scales[0, 0] == 4.0
+
+
+@pytest.mark.parametrize("rounding", ["amax", "pow2"])
+def test_all_zero_tiles(rounding: str) -> None:
+    x = torch.zeros(3, 512)
+    x[1, 128:256] = 7.0  # 448 / 64: exact in every rounding
+    rows, footers = V32.pack(x, torch.zeros(3, 64), rounding)
+    assert torch.equal(V32.unpack(rows, footers)[:, :512], x.double())
+    scales = V32.scales.read(rows)
+    assert scales.isfinite().all() and (scales > 0).all()
+
+
+@pytest.mark.parametrize("rounding", ["amax", "pow2"])
+@pytest.mark.parametrize("magnitude", [3e-45, 1e-40, 1e-38, 3e38])
+def test_extreme_magnitudes_stay_finite(rounding: str, magnitude: float) -> None:
+    x = magnitude * torch.linspace(-1, 1, 512)[None]
+    rows, footers = V32.pack(x, torch.zeros(1, 64), rounding)
+    back = V32.unpack(rows, footers)[:, :512]
+    assert back.isfinite().all()
+    assert back.abs().max() <= 1.07 * magnitude  # never more than the next e4m3 above
+
+
+def test_values_saturate_and_do_not_wrap() -> None:
+    """amax/448 rounded down leaves quotients just above 448: the largest code, not NaN."""
+    x = torch.exp(torch.randn(4096, 512, generator=generator(5)))
+    values, _ = quantise_e4m3(x, 128)
+    assert values.float().isfinite().all()
+    assert values.float().amax() == E4M3_MAX
+    negative, _ = quantise_e4m3(-x, 128)
+    assert torch.equal(negative.float(), -values.float())
+
+
+@pytest.mark.parametrize("rounding", ["amax", "pow2"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_value_spoils_itself_only(rounding: str, bad: float) -> None:
+    x = torch.randn(2, 512, generator=generator(6))
+    x[0, 200] = 0.0
+    clean = V32.unpack(*V32.pack(x, torch.zeros(2, 64), rounding))
+    x[0, 200] = bad
+    got = V32.unpack(*V32.pack(x, torch.zeros(2, 64), rounding))
+    assert got[0, 200].isnan()
+    got[0, 200] = 0.0
+    assert torch.equal(got, clean)
+
+
+@pytest.mark.parametrize("name", ["bf16", "bf16_nope"])
+def test_bf16_layouts_keep_bf16_exactly(name: str) -> None:
+    layout = LAYOUTS[name]
+    latent = torch.randn(5, 512, generator=generator(7)).to(torch.bfloat16)
+    rope = torch.randn(5, 64).to(torch.bfloat16) if layout.rope else None
+    rows, footers = layout.pack(latent, rope)
+    assert rows.shape == (5, layout.row_bytes) and footers.shape == (5, 0)
+    parts = [latent] if rope is None else [latent, rope]
+    assert torch.equal(layout.unpack(rows, footers), torch.cat(parts, 1).double())
+    assert torch.equal(rows, torch.cat(parts, 1).view(torch.uint8))
+
+
+def test_sizes_are_those_of_the_format_table() -> None:
+    sizes = {n: (la.bytes_per_token, la.d_qk, la.d_v) for n, la in LAYOUTS.items()}
+    assert sizes == {
+        "v32_fp8": (656, 576, 512),
+        "bf16": (1152, 576, 512),
+        "bf16_nope": (1024, 512, 512),
+    }
+    assert not any(layout.planar for layout in LAYOUTS.values())
+
+
+def planar_layout(page_multiple: int = 640) -> KVLayout:
+    """A made-up layout whose scales lie in a footer after all rows of the page."""
+    return KVLayout(
+        name="planar_for_test",
+        latent=Field(0, 512, "e4m3"),
+        scales=Field(8, 4, "fp32"),
+        tile=128,
+        rope=Field(512, 64, "bf16"),
+        row_bytes=640,
+        footer_bytes=24,
+        page_multiple=page_multiple,
+    )
+
+
+def test_a_planar_layout_is_data() -> None:
+    layout = planar_layout()
+    assert layout.planar and layout.bytes_per_token == 664
+    assert layout.page_bytes(3) == 4 * 640  # 3 * 664 = 1992, padded to the next 640
+    x = torch.randn(6, 512, generator=generator(8))
+    rope = torch.randn(6, 64, generator=generator(9))
+    rows, footers = layout.pack(x, rope)
+    v32 = V32.pack(x, rope)[0]
+    assert torch.equal(rows, torch.cat([v32[:, :512], v32[:, 528:]], 1))
+    assert torch.equal(footers[:, 8:], v32[:, 512:528]) and (footers[:, :8] == 0).all()
+    assert torch.equal(layout.unpack(rows, footers), V32.unpack(v32, footers[:, :0]))
+
+
+def test_names() -> None:
+    assert get_layout("bf16") is LAYOUTS["bf16"]
+    assert get_layout(V32) is V32
+    for wrong in ("v32", "", "BF16", 528, None, ["bf16"]):
+        with pytest.raises(ValueError, match=r"layout is .*allowed: v32_fp8, bf16, bf16_nope"):
+            get_layout(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="scale_rounding is 'down', allowed: amax, pow2"):
+        quantise_e4m3(torch.zeros(1, 128), 128, "down")
+    with pytest.raises(ValueError, match="rope is None, layout v32_fp8 stores 64"):
+        V32.pack(torch.zeros(1, 512), None)
