@@ -29,9 +29,9 @@ from ...reference import sink_factor, valid_indices
 CHUNK = 512
 BLOCK_QUERIES = 8
 
-# Below this many rows threads would wait for each other longer than they work; on a busy machine
-# each of a block's thirty operations can then cost a time slice.
-THREADED_ROWS = 4096
+# Below this many rows times heads threads would wait for each other longer than they work; on a
+# busy machine each of a block's thirty operations can then cost a time slice.
+THREADED_WORK = 4096 * 16
 
 _HALF_BITS = -0x4080  # 0xbf80: sign, four bits of exponent, three of mantissa
 
@@ -87,7 +87,7 @@ def attend(
     lse = torch.full((n, heads), float("-inf"))
     max_logits = lse.clone()
     gather = _Gather(cache)
-    with torch.no_grad(), _threads_for(indices.numel()):
+    with torch.no_grad(), _threads_for(indices.numel() * max(heads, 16)):
         for start in range(0, n, BLOCK_QUERIES):
             part = slice(start, start + BLOCK_QUERIES)
             limit = None if lengths is None else lengths[part]
@@ -137,10 +137,10 @@ def _attend(
 
 
 @contextmanager
-def _threads_for(rows: int) -> Iterator[None]:
+def _threads_for(work: int) -> Iterator[None]:
     """One thread for little work, the caller's number for more."""
     before = torch.get_num_threads()
-    if rows >= THREADED_ROWS or before == 1:
+    if work >= THREADED_WORK or before == 1:
         yield
         return
     torch.set_num_threads(1)
