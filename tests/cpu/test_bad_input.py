@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,8 @@ BF16, I32, U8 = torch.bfloat16, torch.int32, torch.uint8
 SETTINGS = settings(
     max_examples=80,
     deadline=None,
+    # CI draws the same examples every time; at a desk they are fresh.
+    derandomize="CI" in os.environ,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
@@ -169,8 +172,8 @@ def test_shape(function: str, data: st.DataObject) -> None:
     if torch.Size(shape).numel() > 2**22 or fits(function, key, shape, tuple(old.shape)):
         return
     call[key] = torch.zeros(shape, dtype=old.dtype)
-    # A q of other dims makes what must match it wrong instead.
-    naming = key if key != "q" else "(q|indices|topk_length|attn_sink)"
+    # A q of other dims makes what must match it wrong instead, and so does a kv 512 wide.
+    naming = {"q": "(q|indices|topk_length|attn_sink)", "kv": "(kv|q)"}.get(key, key)
     refused(function, call, naming)
 
 
@@ -185,6 +188,8 @@ def fits(function: str, key: str, shape: tuple[int, ...], old: tuple[int, ...]) 
         return rows and len(shape) == 3 and shape[1:] == (1, 576)
     if not same_but:
         return True
+    if key == "q" and function == "flash_mla_with_kvcache" and shape[-1] == 512:
+        return True  # asks for a V4 cache: NotImplementedError, see test_compat_flash_mla
     if key == "indices":
         return same_but == [len(old) - 1]
     if key == "k_cache":
