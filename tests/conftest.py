@@ -24,6 +24,10 @@ collect_ignore = [] if INTERPRETED else ["interpreted"]
 
 pytest.register_assert_rewrite("drawn", "hostile")
 
+# The tests' tensors are small: on a busy machine threads would wait for each other at every
+# operation. Tests of threads set their own number.
+torch.set_num_threads(1)
+
 
 def pytest_report_header() -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"

@@ -64,10 +64,12 @@ def test_newest_run_of_a_shape_wins() -> None:
 @pytest.mark.usefixtures("small")
 def test_bench_command(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    done = CliRunner().invoke(app, ["bench", "--samples", "3", "--rows", str(path)])
+    done = CliRunner().invoke(
+        app, ["bench", "--device", "cpu", "--samples", "3", "--rows", str(path)]
+    )
     assert done.exit_code == 0, done.output
     assert len(rows.read(path)) == 2
-    nothing = CliRunner().invoke(app, ["bench", "--only", "no such workload"])
+    nothing = CliRunner().invoke(app, ["bench", "--device", "cpu", "--only", "no such workload"])
     assert nothing.exit_code == 2
     assert "no workload's label holds 'no such workload'" in nothing.output
 

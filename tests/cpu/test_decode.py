@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -135,13 +136,27 @@ def test_same_bits_every_time(layout: str) -> None:
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("heads", [1, 2, 3, 5, 8, 16, 33, 128])
-def test_batch_invariant(layout: str, heads: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "threads"),
+    [(heads, 1) for heads in (1, 2, 3, 5, 8, 16, 33, 128)] + [(1, 2), (16, 2), (64, 2)],
+    indirect=["threads"],
+)
+def test_batch_invariant(layout: str, heads: int, threads: int) -> None:
     """A row alone has the bits that it has in a batch, at any place in it."""
     call = decode_call(layout, b=19, heads=heads, topk=700, lengths=True)
     lengths = call.options["topk_length"]
     out, lse = run(call, batch_invariant=True)
+    assert torch.get_num_threads() == threads
+    assert_exact_but_for_rounding(out, lse, call.oracle())
     for part in (slice(0, 1), slice(7, 8), slice(5, 18), slice(18, 19)):
         alone = Call(call.q[part], call.cache, call.indices[part], {"topk_length": lengths[part]})
         out1, lse1 = run(alone, batch_invariant=True)
