@@ -207,3 +207,35 @@ def test_every_e4m3_byte() -> None:
     want = codes.view(torch.float8_e4m3fn).to(torch.bfloat16)
     assert torch.equal(out.isnan(), want.isnan())
     assert torch.equal(out[~want.isnan()], want[~want.isnan()])
+
+
+@pytest.mark.parametrize("launch", ["HEADS_16", "HEADS_64"])
+@pytest.mark.parametrize("extreme", [0.0, 1e-38, 2e38])
+def test_scales_that_have_no_reciprocal(extreme: float, launch: str) -> None:
+    """A stored scale of 0, or one whose reciprocal is no normal number, still has its weight."""
+    cache = KVCache.empty(4, 64, "v32_fp8")
+    made = torch.Generator().manual_seed(0)
+    cache.append(torch.randn(256, 512, generator=made), torch.randn(256, 64), torch.arange(256))
+    rows = cache.rows_view().view(-1, 656).clone()
+    scales = cache.layout.scales
+    assert scales is not None
+    values = scales.read(rows)
+    values[::2, 1] = extreme
+    values[1::3, 2] = extreme
+    scales.write(rows, values)
+    if extreme > 1:
+        # The smallest e4m3 codes, so that values stay within bf16.
+        rows[:, 128:384] = rows[:, 128:384] & 0x81
+    cache.rows_view()[:] = rows.view(4, 64, 656)
+    q = torch.randn(1, 1, 20, 576, generator=made).to(torch.bfloat16)
+    q[..., 128:384] = 0
+    call = Call(q, cache, torch.arange(256, dtype=torch.int32).view(1, 1, -1))
+    out, lse, _ = launch_attend(
+        q, cache, call.indices, None, None, 576**-0.5, 1, LAUNCHES[launch], False
+    )
+    assert_weights_rounded_to_bf16(out, lse, call.oracle())
+    # Tile by tile: one of huge values would hide what is wrong with the others.
+    want = call.oracle().out.unflatten(-1, (4, 128))
+    got = out.double().unflatten(-1, (4, 128))
+    error = (got - want).norm(dim=-1) / want.norm(dim=-1)
+    assert float(error.max()) < 0.02

@@ -147,6 +147,10 @@ def _wide(g: torch.Generator, n: int, tiles: int) -> torch.Tensor:
     return token * torch.exp2(uniform(g, -2, 2, n, tiles))
 
 
+def _some_zero(g: torch.Generator, n: int, tiles: int) -> torch.Tensor:
+    return torch.where(uniform(g, 0, 1, n, tiles) < 1 / 3, 0.0, _log_uniform(g, n, tiles))
+
+
 def _bf16_midpoint(side: float, g: torch.Generator, n: int, tiles: int) -> torch.Tensor:
     """Mantissas next to 1 + (k + 1/2) 2^-7, k = 0..3: all round the same way, by up to 2^-8.
 
@@ -169,6 +173,7 @@ def _pow2_edge(side: float, g: torch.Generator, n: int, tiles: int) -> torch.Ten
 SCALES = {
     "log_uniform": _log_uniform,
     "wide": _wide,
+    "some_zero": _some_zero,
     "below_bf16_midpoint": lambda g, n, t: _bf16_midpoint(-1, g, n, t),
     "above_bf16_midpoint": lambda g, n, t: _bf16_midpoint(+1, g, n, t),
     "below_pow2": lambda g, n, t: _pow2_edge(-1, g, n, t),

@@ -97,6 +97,13 @@ def _scales() -> list[Case]:
             rope_share=0.3,
         ),
         drawn(
+            "decode/scales/zero",
+            "a third of the tiles stored with scale 0, as a writer may store an all-zero tile",
+            (),
+            scales="some_zero",
+            rope_share=0.3,
+        ),
+        drawn(
             "prefill/scales/log_uniform/v32_fp8",
             "arbitrary scales, prefill from FP8 cache",
             SCALE_FAULTS,

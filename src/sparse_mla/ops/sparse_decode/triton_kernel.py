@@ -121,21 +121,23 @@ def load_e4m3(ptr, mask, HARDWARE_FP8: tl.constexpr):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x, and 0 where x is 0 or too small to have one."""
+    """1 / x, and 0 where x is 0 or so small or large that it is no normal number."""
+    usable = (tl.abs(x) > 1e-37) & (tl.abs(x) < 1e37)
     if INTERPRET:
-        return tl.where(tl.abs(x) > 1e-37, 1.0 / tl.where(x == 0.0, 1.0, x), 0.0)
+        return tl.where(usable, 1.0 / tl.where(usable, x, 1.0), 0.0)
     else:
         inverse = tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-        return tl.where(tl.abs(x) > 1e-37, inverse, 0.0)
+        return tl.where(usable, inverse, 0.0)
 
 
 @triton.jit
 def tile_weights(p, scale, total):
     """P * scale rounded to bf16, and the running sum of the weights that this rounding stands for.
 
-    Where the scale has no reciprocal the tile's values are below 1e-34 and count as 0.
+    A scale of 0, or one whose reciprocal is no normal number, leaves P as it is in the sum: the
+    token's weight counts whatever its values in this tile are.
     """
     exact = p * scale[None, :]
     if INTERPRET:
@@ -155,7 +157,8 @@ def tile_weights(p, scale, total):
             is_pure=True,
             pack=2,
         )
-    return weights, total + tl.sum(rounded * reciprocal(scale)[None, :], 1)
+    inverse = reciprocal(scale)[None, :]
+    return weights, total + tl.sum(tl.where(inverse == 0.0, p, rounded * inverse), 1)
 
 
 @triton.jit
