@@ -295,26 +295,27 @@ def _token_noise(
     # fp32 for the Gram matrices, so normalised: values reach 1e33 and their squares must not.
     unit = float(values.abs().max()) or 1.0
     small = (values / unit).float()
-    w32 = w.float()
+    # Weights before the sink: it may shrink them to 1e-26, whose squares float32 does not have.
+    p32, shrunk = p.float(), (unit * factor).square()
     size = small.square().sum(1)
     gram = small @ small.T
-    trace = (w32.square() @ size).double() * unit**2
-    frobenius = (w32.square() @ gram.square() * w32.square()).sum(1).sqrt().double() * unit**2
-    cap = (w32 @ size.sqrt()).square().double() * unit**2
+    trace = (p32.square() @ size).double() * shrunk
+    frobenius = (p32.square() @ gram.square() * p32.square()).sum(1).sqrt().double() * shrunk
+    cap = (p32 @ size.sqrt()).square().double() * shrunk
     along = w * (out @ values.T)
     gain_bound = 0.0
     alike = torch.zeros(w.shape[0], dtype=torch.bool, device=w.device)
     for head, group in _shared_roundings(logits):
         count = int(group.max()) + 1
         parts = small.new_zeros(count, small.shape[1])
-        lengths = parts.index_add_(0, group, small * w32[head, :, None]).norm(dim=1).double()
+        lengths = parts.index_add_(0, group, small * p32[head, :, None]).norm(dim=1).double()
         sums = along.new_zeros(count).index_add_(0, group, along[head])
         alike[head] = True
-        trace[head] = lengths.square().sum() * unit**2
-        cap[head] = (lengths.sum() * unit) ** 2
+        trace[head] = lengths.square().sum() * shrunk[head]
+        cap[head] = lengths.sum().square() * shrunk[head]
         gain_bound += BF16_MAX_ERROR * float(sums.abs().sum())
     # Heads that give a token the same weight also round it alike; as if all of them did.
-    free = w32 * ~alike[:, None]
+    free = w.float() * ~alike[:, None]
     joint = (free.T @ free) * gram
 
     mean_error = (p * logit_error).sum(1)

@@ -78,6 +78,18 @@ def _masks() -> list[Case]:
             topk=192,
             lengths=(33, 150),
         ),
+        # A kernel that resolved slots in chunks of 512 overwrote the masks of tiles not yet read
+        # where a list ended up to 128 entries after a chunk; only with enough query tokens to fill
+        # a GPU, since the parts of a split list are shorter.
+        drawn(
+            "decode/lengths/staircase",
+            "lists of 72 lengths, in steps of 10, enough of them to fill a GPU unsplit",
+            lengths,
+            b=72,
+            h=32,
+            topk=720,
+            lengths=tuple(range(10, 730, 10)),
+        ),
         drawn(
             "decode/holes/heads_1_empty",
             "empty rows, one head",
