@@ -9,7 +9,7 @@ from ...arch import Arch
 
 @dataclass(frozen=True)
 class Launch:
-    """How `triton_kernel.attend` is launched.
+    """How `triton_kernel.attend` or `triton_wgmma_kernel.attend_tokens_first` is launched.
 
     Attributes:
         block_h: heads per program, at least 16 (the smallest tensor-core tile).
@@ -18,6 +18,7 @@ class Launch:
         num_warps: warps per program.
         stages: depth of the software pipeline over steps.
         programs_per_sm: programs that fit an SM at once; splits aim at filling them.
+        tokens_first: FP8 caches only: `attend_tokens_first`, with value_blocks 1.
     """
 
     block_h: int
@@ -26,24 +27,31 @@ class Launch:
     num_warps: int
     stages: int
     programs_per_sm: int
+    tokens_first: bool = False
 
 
 # Tokens per step, value blocks and depth were chosen on an H200 (b=128, topk 2048, v32_fp8) among
-# about 120 launches of the kernel's variants. Deeper pipelines did not help: the loads of a step
+# about 170 launches of the kernels' variants. Deeper pipelines did not help: the loads of a step
 # overlap with the other program on the SM. Times in us.
-HEADS_16_WIDE = Launch(16, 64, 1, 4, 1, 2)  # h=16: 135; block_t 32: 190
+HEADS_16_WIDE = Launch(16, 64, 1, 4, 1, 2)  # h=16: 131; block_t 32: 190
 HEADS_16 = Launch(16, 32, 1, 4, 1, 2)  # bf16 rows, twice as many bytes
-HEADS_32 = Launch(32, 32, 1, 4, 1, 2)  # h=32: 198
-# h=64: 250; one program for all 512 dims needs 8 warps, exchanges P between them: 327
+HEADS_32 = Launch(32, 32, 1, 4, 1, 2)  # h=32: 194
+# h=64: 232; one program for all 512 dims needs 8 warps: 300
 HEADS_64 = Launch(64, 32, 2, 4, 1, 2)
 
 # HEADS_64 takes 109 KB of shared memory, more than sm_86, sm_89 and sm_120 have.
 LARGE_SHARED_MEMORY = 160 * 1024
 
+# Where products of 64 rows are one instruction (wgmma), and rows are FP8.
+WGMMA_16 = Launch(16, 64, 1, 4, 1, 2, tokens_first=True)  # h=16: 117; h=8: 118
+WGMMA_32 = Launch(32, 64, 1, 4, 1, 2, tokens_first=True)  # h=32: 138; h=64: 200
+
 
 def launch_for(machine: Arch, heads: int, quantised: bool) -> Launch:
     """The launch for a machine, number of heads and kind of cache."""
     large = machine.shared_memory >= LARGE_SHARED_MEMORY
+    if quantised and machine.capability == (9, 0):
+        return WGMMA_16 if heads <= 16 else WGMMA_32
     if heads <= 16:
         return HEADS_16_WIDE if quantised else HEADS_16
     if heads <= 32 or not large:

@@ -9,7 +9,7 @@ import triton
 
 from ... import arch
 from ...kv_cache import KVCache
-from . import triton_kernel
+from . import triton_kernel, triton_wgmma_kernel
 from .config import Launch, launch_for
 
 # The fewest tokens that are worth a split of their own.
@@ -61,7 +61,7 @@ def launch_attend(
     launch: Launch,
     want_max: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Launch `attend` (and `combine` when split) on q [b, s_q, h, d_qk], indices [b, s_q, topk].
+    """Launch `launch`'s kernel on q [b, s_q, h, d_qk], indices [b, s_q, topk]; merge splits.
 
     Returns:
         out [b, s_q, h, d_v] bf16, lse [b, s_q, h] float32 and, if wanted, max_logits like lse;
@@ -88,7 +88,8 @@ def launch_attend(
     machine = arch.of(q.device)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(q):
-        triton_kernel.attend[(b * s_q * head_blocks * splits * launch.value_blocks,)](
+        grid = (b * s_q * head_blocks * splits * launch.value_blocks,)
+        arguments = (
             q,
             cache.pages,
             indices,
@@ -112,18 +113,27 @@ def launch_attend(
             splits,
             split_blocks * launch.block_t,
             scale * math.log2(math.e),
-            QUANTISED=layout.quantised,
-            D_ROPE=layout.rope.count if layout.rope else 0,
-            TOKEN_STRIDE=cache.token_stride,
-            PACKED=cache.pages.stride(0) == cache.page_size * cache.token_stride,
-            HARDWARE_FP8=machine.capability is not None and machine.capability >= (8, 9),
-            SPLIT=splits > 1,
-            BLOCK_H=launch.block_h,
-            BLOCK_T=launch.block_t,
-            VALUE_BLOCKS=launch.value_blocks,
-            STAGES=launch.stages,
-            num_warps=launch.num_warps,
         )
+        constants = {
+            "TOKEN_STRIDE": cache.token_stride,
+            "PACKED": cache.pages.stride(0) == cache.page_size * cache.token_stride,
+            "SPLIT": splits > 1,
+            "BLOCK_H": launch.block_h,
+            "BLOCK_T": launch.block_t,
+            "STAGES": launch.stages,
+            "num_warps": launch.num_warps,
+        }
+        if launch.tokens_first and layout.quantised:
+            triton_wgmma_kernel.attend_tokens_first[grid](*arguments, **constants)
+        else:
+            triton_kernel.attend[grid](
+                *arguments,
+                QUANTISED=layout.quantised,
+                D_ROPE=layout.rope.count if layout.rope else 0,
+                HARDWARE_FP8=machine.capability is not None and machine.capability >= (8, 9),
+                VALUE_BLOCKS=launch.value_blocks,
+                **constants,
+            )
         if splits > 1:
             block_d = 256
             triton_kernel.combine[(rows, layout.d_v // block_d)](
