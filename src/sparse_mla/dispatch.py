@@ -30,6 +30,8 @@ class Request:
         tokens: query tokens (b * s_q).
         topk: length of the index lists.
         options: names of the optional arguments that were given.
+        alignment: bytes; the largest power of two up to 16 that divides the cache's address, page
+            stride and token stride.
     """
 
     op: str
@@ -38,6 +40,7 @@ class Request:
     tokens: int = 1
     topk: int = 2048
     options: frozenset[str] = frozenset()
+    alignment: int = 16
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,14 @@ class KVCache:
     def device(self) -> torch.device:
         return self.pages.device
 
+    @property
+    def alignment(self) -> int:
+        """The largest power of two, at most 16, that divides every token's address, in bytes."""
+        together = self.pages.data_ptr() | self.token_stride | 16
+        if self.num_pages > 1:
+            together |= self.pages.stride(0)
+        return together & -together
+
     def rows_view(self) -> torch.Tensor:
         """The tokens' rows, [num_pages, page_size, row_bytes] uint8, a view."""
         return self.pages.as_strided(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,10 @@ from drawn import decode_call, prefill_call
 from sparse_mla import arch, dispatch
 from sparse_mla.arch import Arch
 from sparse_mla.dispatch import Request
+from sparse_mla.kv_layout import get_layout
 
-H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, "3.9.0", False)
+# The Hopper kernels run with Triton 3.6, the portable ones with anything newer too.
+H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, "3.6.0", False)
 MACHINES = {
     "sm_80": replace(H200, name="A100", capability=(8, 0), multiprocessors=108),
     "sm_86": replace(H200, name="A10", capability=(8, 6), multiprocessors=72),
@@ -41,7 +44,8 @@ def answer(backend: str, request: Request, machine: Arch) -> tuple[bool, str]:
 @pytest.mark.parametrize("name", MACHINES)
 def test_every_claimed_gpu_has_a_kernel(name: str, layout: str, op: str) -> None:
     request = replace(REQUEST, op=op, layout=layout)
-    assert chosen(request, MACHINES[name]) == ["triton"]
+    assert chosen(request, MACHINES[name]) == ["sm90" if name == "sm_90" else "triton"]
+    assert answer("triton", request, MACHINES[name])[0]
     ok, reason = answer("cpu", request, MACHINES[name])
     assert not ok and "cuda" in reason
 
@@ -55,6 +59,39 @@ def test_cpu(op: str) -> None:
     # The interpreter is there to be asked for, never to be chosen.
     assert answer("triton", request, replace(CPU, interpret=True))[0]
     assert chosen(request, replace(CPU, interpret=True)) == ["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "machine", "reason"),
+    [
+        (REQUEST, replace(H200, triton="3.9.0"), "triton is 3.9.0"),
+        (replace(REQUEST, alignment=4), H200, "aligned to 4 bytes"),
+        (replace(REQUEST, layout="v4_fp8"), H200, "no kernel for layout v4_fp8"),
+        (REQUEST, MACHINES["sm_100"], "Hopper"),
+        (REQUEST, replace(H200, hip=True), "Hopper"),
+        (REQUEST, replace(H200, triton=None), "triton is not installed"),
+        (REQUEST, CPU, "Hopper"),
+    ],
+)
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_reasons_of_sm90(op: str, request_: Request, machine: Arch, reason: str) -> None:
+    asked = replace(request_, op=op)
+    ok, said = answer("sm90", asked, machine)
+    assert not ok and reason in said
+    assert "sm90" not in chosen(asked, machine)
+    with pytest.raises(NotImplementedError, match=re.escape(said)):
+        dispatch.choose(asked, machine, "sm90")
+
+
+@pytest.mark.parametrize(
+    ("offset", "page_stride", "want"),
+    [(0, 1968, 16), (8, 1968, 8), (4, 1968, 4), (0, 1972, 4), (2, 1976, 2), (0, 2001, 1)],
+)
+def test_alignment_of_a_cache(offset: int, page_stride: int, want: int) -> None:
+    storage = torch.zeros(64 + 10 * page_stride, dtype=torch.uint8)
+    start = -storage.data_ptr() % 16 + offset
+    pages = storage.as_strided((10, 3 * 656), (page_stride, 1), start)
+    assert sparse_mla.KVCache(pages, 3, get_layout("v32_fp8"), 656).alignment == want
 
 
 @pytest.mark.parametrize(
@@ -107,7 +144,7 @@ def test_a_backend_asked_for_by_name_runs_or_raises() -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(ValueError, match="backend is 'sm90x', decode has: cpu, triton"):
+    with pytest.raises(ValueError, match="backend is 'sm90x', decode has: cpu, sm90, triton"):
         dispatch.choose(REQUEST, H200, "sm90x")
     with pytest.raises(ValueError, match="op is 'dense', allowed: decode, prefill"):
         dispatch.explain(replace(REQUEST, op="dense"), H200)

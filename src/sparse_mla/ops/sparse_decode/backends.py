@@ -8,6 +8,14 @@ from ...dispatch import Backend, Request
 LAYOUTS = ("v32_fp8", "bf16", "bf16_nope")
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
+# Gluon is experimental and changes between minor versions.
+GLUON_TRITON = ((3, 6),)
+
+
+def triton_version(machine: Arch) -> tuple[int, ...]:
+    """(major, minor); empty where it is not a number."""
+    parts = (machine.triton or "").split(".")[:2]
+    return tuple(int(part) for part in parts if part.isdigit())
 
 
 def triton_supports(request: Request, machine: Arch) -> tuple[bool, str]:
@@ -15,8 +23,7 @@ def triton_supports(request: Request, machine: Arch) -> tuple[bool, str]:
         return False, "triton is not installed"
     if request.layout not in LAYOUTS:
         return False, f"has no kernel for layout {request.layout}"
-    version = tuple(int(part) for part in machine.triton.split(".")[:2] if part.isdigit())
-    if version < MIN_TRITON:
+    if triton_version(machine) < MIN_TRITON:
         return False, f"triton is {machine.triton}, needs {'.'.join(map(str, MIN_TRITON))} or newer"
     if machine.device == "cpu":
         if machine.interpret:
@@ -29,6 +36,22 @@ def triton_supports(request: Request, machine: Arch) -> tuple[bool, str]:
     return True, "portable Triton kernel, compute capability 8.0 and newer"
 
 
+def sm90_supports(request: Request, machine: Arch) -> tuple[bool, str]:
+    if machine.triton is None:
+        return False, "triton is not installed"
+    if machine.device != "cuda" or machine.hip or machine.capability != (9, 0):
+        return False, "its wgmma kernels need a Hopper GPU (compute capability 9.0)"
+    if request.layout not in LAYOUTS:
+        return False, f"has no kernel for layout {request.layout}"
+    version = triton_version(machine)
+    if version not in GLUON_TRITON:
+        tried = ", ".join(f"{major}.{minor}" for major, minor in GLUON_TRITON)
+        return False, f"triton is {machine.triton}, its Gluon kernels were tried with {tried}"
+    if request.alignment < 16:
+        return False, f"the cache is aligned to {request.alignment} bytes, 16-byte copies need 16"
+    return True, "Gluon kernels for Hopper"
+
+
 def cpu_supports(request: Request, machine: Arch) -> tuple[bool, str]:
     if machine.device != "cpu":
         return False, f"tensors are on {machine.device}"
@@ -39,5 +62,6 @@ def cpu_supports(request: Request, machine: Arch) -> tuple[bool, str]:
 
 BACKENDS = (
     Backend("cpu", cpu_supports, "sparse_mla.ops.sparse_decode.cpu", "run"),
+    Backend("sm90", sm90_supports, "sparse_mla.ops.sparse_decode.sm90", "run"),
     Backend("triton", triton_supports, "sparse_mla.ops.sparse_decode.triton", "run"),
 )

@@ -108,6 +108,7 @@ def _sparse_decode(
         heads=q.shape[2],
         tokens=q.shape[0] * q.shape[1],
         topk=indices.shape[-1],
+        alignment=cache.alignment,
     )
     run = dispatch.choose(request, arch.of(q.device), backend or None).load()
     return run(q, cache, indices, topk_length, attn_sink, scale, num_splits, batch_invariant)

@@ -107,6 +107,7 @@ def _sparse_prefill(
         heads=q.shape[1],
         tokens=q.shape[0],
         topk=indices.shape[-1],
+        alignment=cache.alignment,
     )
     run = dispatch.choose(request, arch.of(q.device), backend or None).load()
     return run(q, cache, indices, topk_length, attn_sink, scale)

@@ -1,0 +1,32 @@
+"""Decode on Hopper: FP8 caches go to sm90_fp8, bf16 caches to the prefill kernels.
+
+Over bf16 rows decode and prefill differ only in their splits: a list per query token either way.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...kv_cache import KVCache
+from ..sparse_prefill import sm90 as sm90_bf16
+from . import sm90_fp8
+
+
+def run(
+    q: torch.Tensor,
+    cache: KVCache,
+    indices: torch.Tensor,
+    topk_length: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+    scale: float,
+    num_splits: int,
+    batch_invariant: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode; see interface.decode. num_splits 0 chooses by shape."""
+    call = q, cache, indices, topk_length, attn_sink, scale, num_splits, batch_invariant
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(q):
+        if not cache.layout.quantised:
+            return sm90_bf16.run_decode(*call)
+        out, lse, _ = sm90_fp8.attend(*call, want_max=False)
+        return out, lse

@@ -1,0 +1,141 @@
+"""Launcher of the Hopper kernel for many heads (33 to 128) over v32_fp8 caches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from ... import arch
+from ...kv_cache import KVCache
+from .sm90_combine import combine
+from .sm90_many_heads_kernel import attend as attend_kernel
+
+HEADS = 64  # heads per program
+TILE = 64  # tokens per step
+# With batch_invariant=True every list is cut into pieces of this many tokens.
+INVARIANT_SPLIT = 512
+MAX_SPLITS = 64
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the kernel is launched.
+
+    Attributes:
+        ahead: tiles between the L2 prefetch of rows and their gather.
+        right_registers, fill_registers: per thread of these warpgroups; the first one gets what is
+            left of 3 * 168.
+    """
+
+    ahead: int
+    right_registers: int
+    fill_registers: int
+
+
+# H200, topk 2048, in us, FlashMLA in the same run in brackets: b=128 h=64 153 (120), b=32 h=64 69
+# (52), b=64 h=128 146 (99), b=128 h=128 s_q=2 527 (370), b=1 h=64 29 (21). These registers leave a
+# spilled load in a loop; ahead hardly matters (none at all: 3 % faster in an earlier version),
+# as the gather is not what holds the kernel.
+LAUNCH = Launch(ahead=3, right_registers=192, fill_registers=64)
+
+
+def attend(
+    q: torch.Tensor,
+    cache: KVCache,
+    indices: torch.Tensor,
+    lengths: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+    scale: float,
+    num_splits: int,
+    batch_invariant: bool,
+    want_max: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Attention of q [b, s_q, h, 576] bf16 over indices [b, s_q, topk]; see interface.decode.
+
+    Args:
+        num_splits: pieces that each list is cut into; 0 chooses by shape.
+        want_max: also return max_logits; the lists are then not split.
+
+    Returns:
+        out [b, s_q, h, 512] bf16, lse [b, s_q, h] float32 and, if wanted, max_logits like lse,
+        natural.
+    """
+    b, s_q, heads, _ = q.shape
+    topk = indices.shape[-1]
+    _check_alignment(cache)
+    pages = cache.pages
+    out = torch.empty(b, s_q, heads, 512, dtype=torch.bfloat16, device=q.device)
+    lse = torch.empty(b, s_q, heads, dtype=torch.float32, device=q.device)
+    max_logits = torch.empty_like(lse) if want_max else None
+    rows = b * s_q * heads
+    if rows == 0:
+        return out, lse, max_logits
+    head_blocks = triton.cdiv(heads, HEADS)
+    tiles = max(1, triton.cdiv(topk, TILE))
+    if want_max:
+        num_splits = 1
+    elif not num_splits:
+        slots = max(1, arch.of(q.device).multiprocessors)
+        num_splits = plan_splits(b * s_q * head_blocks, tiles, slots, batch_invariant)
+    split_tiles = triton.cdiv(tiles, min(num_splits, tiles))
+    splits = triton.cdiv(tiles, split_tiles)
+    part, part_lse = out, lse
+    if splits > 1:
+        part = torch.empty(splits, rows, 512, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(splits, rows, dtype=torch.float32, device=q.device)
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(q):
+        attend_kernel[(b * s_q * head_blocks * splits,)](
+            q,
+            pages[:, : pages.shape[1] // 4 * 4].view(torch.int32),
+            indices,
+            lengths,
+            attn_sink if splits == 1 else None,
+            part,
+            part_lse,
+            max_logits,
+            q.stride(0),
+            q.stride(1),
+            q.stride(2),
+            indices.stride(0),
+            indices.stride(1),
+            pages.stride(0) // 4,
+            cache.page_size,
+            min(cache.num_slots - 1, 2**31 - 1),
+            s_q,
+            heads,
+            head_blocks,
+            topk,
+            splits,
+            split_tiles,
+            scale * math.log2(math.e),
+            TOKEN_WORDS=cache.token_stride // 4,
+            PACKED=pages.stride(0) == cache.page_size * cache.token_stride,
+            SPLIT=splits > 1,
+            AHEAD=LAUNCH.ahead,
+            RIGHT_REGISTERS=LAUNCH.right_registers,
+            FILL_REGISTERS=LAUNCH.fill_registers,
+            num_warps=4,
+        )
+        if splits > 1:
+            combine(part, part_lse, attn_sink, out, lse)
+    return out, lse, max_logits
+
+
+def plan_splits(programs: int, tiles: int, slots: int, batch_invariant: bool) -> int:
+    """How many pieces to cut lists of `tiles` into, so that `programs` * splits fill `slots`."""
+    if batch_invariant:
+        return max(1, math.ceil(tiles * TILE / INVARIANT_SPLIT))
+    return max(1, min(slots // programs, tiles, MAX_SPLITS))
+
+
+def _check_alignment(cache: KVCache) -> None:
+    pages = cache.pages
+    if pages.data_ptr() % 16 or pages.stride(0) % 16 or cache.token_stride % 16:
+        raise ValueError(
+            f"the cache starts at address {pages.data_ptr():#x} with page stride "
+            f"{pages.stride(0)} and token stride {cache.token_stride}; all must be multiples of 16"
+        )
