@@ -154,29 +154,61 @@ def explain(
 
 @app.command()
 def bench(
-    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only workloads with these words, as 'decode b=128 h=64'; repeatable."),
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="A backend of this library; repeatable. Default: all that run here."),
+    ] = None,
+    peers: Annotated[bool, typer.Option(help="Measure flash_mla too, if it is installed.")] = True,
     samples: Annotated[int, typer.Option(min=3, help="Timed calls per provider.")] = 20,
-    only: Annotated[str, typer.Option(help="Only workloads whose label holds this.")] = "",
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
     rows: Annotated[Path | None, typer.Option(help="Append the rows to this .jsonl file.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Append the rows to <gpu>/<date>.jsonl in this folder.")
+    ] = None,
+    list_workloads: Annotated[
+        bool, typer.Option("--list", help="Show the workloads and stop.")
+    ] = False,
 ) -> None:
-    """Check answers, then time them: our backends, and flash_mla where it is installed."""
+    """Check answers, then time them: our backends beside flash_mla, and the goals they have.
+
+    Exit status: 0, 1 if an answer was wrong (it is not timed), 2 for a usage error.
+    """
     import torch
 
     from .accuracy.terminal import console
     from .bench import rows as row_files
-    from .bench.run import run
-    from .bench.table import print_rows
+    from .bench.run import run, workloads_for
+    from .bench.table import print_result
+    from .bench.workloads import choose
 
     try:
         where = _device(device)
+        if list_workloads:
+            for workload in choose(workloads_for(where), only or []):
+                typer.echo(workload.label)
+            return
         _writable(rows, "--rows")
         with torch.no_grad():
-            measured = run(where, samples, lambda label: typer.echo(label, err=True), only)
+            result = run(
+                where,
+                samples,
+                lambda label: typer.echo(label, err=True),
+                only=only or [],
+                backends=backend or [],
+                peers=peers,
+            )
     except ValueError as error:
         usage_error(error)
     if rows is not None:
-        row_files.append(rows, measured)
-    print_rows(measured, console())
+        row_files.append(rows, result.rows)
+    if results is not None and result.rows:
+        row_files.append(row_files.results_file(results, result.machine), result.rows)
+    print_result(result.rows, result.missing, console())
+    raise typer.Exit(1 if result.wrong else 0)
 
 
 def _device(name: str | None):  # type: ignore[no-untyped-def]  # torch is imported lazily

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_mla.bench import rows, table
+from sparse_mla.bench import figures, rows, table
 from sparse_mla.kv_layout import LAYOUTS
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +35,22 @@ def test_generated_parts_are_up_to_date() -> None:
         assert path.read_text() == text, f"{path.name}: run python -m sparse_mla.bench.table"
 
 
+def test_figures_show_the_newest_rows() -> None:
+    shown = figures.current(table.all_rows(ROOT), ROOT / "docs" / "figures")
+    assert {"decode_time", "roofline", "accuracy"} <= set(shown)
+    old = [name for name, current in shown.items() if not current]
+    assert not old, f"{old}: run python -m sparse_mla.bench.table"
+
+
+def test_every_figure_is_shown_and_made_from_data() -> None:
+    text = (ROOT / "docs" / "performance.md").read_text()
+    made = figures.current(table.all_rows(ROOT), ROOT / "docs" / "figures")
+    files = {path.stem for path in (ROOT / "docs" / "figures").glob("*.svg")}
+    assert files == set(made)
+    for name in files:
+        assert f"(figures/{name}.svg)" in text
+
+
 def test_committed_rows_are_rows_with_both_sides_of_a_ratio() -> None:
     files = table.result_files(ROOT)
     assert files
@@ -42,9 +58,11 @@ def test_committed_rows_are_rows_with_both_sides_of_a_ratio() -> None:
         read = rows.read(path)
         assert read
         for line in table.lines(read):
-            assert line.peer is not None, f"{path}: {line.ours.shape} has no peer in its run"
+            assert line.peer is not None, (
+                f"{path}: {line.ours.workload.label} has no peer in its run"
+            )
             assert line.peer.run == line.ours.run
-            assert line.ours.rel_l2 <= 1.7 * line.ours.ideal
+            assert line.ours.multiple <= 1.7
 
 
 def test_a_foreign_row_is_named(tmp_path: Path) -> None:

@@ -1,62 +1,21 @@
-"""What is measured: workloads as data, and who can answer them."""
+"""The tensors of a workload, and who can answer it."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from .. import dispatch
+from .. import arch, dispatch
 from ..kv_cache import KVCache
 from ..ops.sparse_decode.interface import decode
 from ..ops.sparse_prefill.interface import prefill
+from .workloads import Workload
 
 Answer = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A shape to measure. Query tokens select random tokens of one shared cache."""
-
-    op: str
-    layout: str
-    b: int
-    s_q: int
-    h_q: int
-    topk: int
-    s_kv: int
-
-    @property
-    def label(self) -> str:
-        return f"{self.op} {self.layout} b={self.b} s_q={self.s_q} h={self.h_q} topk={self.topk}"
-
-
-def _decode(b: int, h_q: int, s_q: int = 1) -> Workload:
-    return Workload("decode", "v32_fp8", b, s_q, h_q, 2048, b * 32768)
-
-
-# The rows of docs/performance.md; the shapes that serving GLM-5 and DeepSeek V3.2 meets, with 8
-# to 32 heads on tensor-parallel ranks.
-GPU_WORKLOADS = (
-    _decode(128, 64),
-    _decode(128, 32),
-    _decode(128, 16),
-    _decode(128, 8),
-    _decode(32, 64),
-    _decode(32, 16),
-    _decode(4, 64),
-    _decode(4, 16),
-    _decode(64, 128),
-    Workload("prefill", "bf16", 1, 4096, 64, 2048, 32768),
-    Workload("prefill", "bf16", 1, 4096, 16, 2048, 32768),
-)
-CPU_WORKLOADS = (
-    Workload("decode", "v32_fp8", 8, 1, 16, 2048, 65536),
-    Workload("decode", "v32_fp8", 1, 1, 64, 2048, 65536),
-    Workload("decode", "bf16", 8, 1, 16, 2048, 65536),
-)
+Call = Callable[[], Answer]
 
 
 @dataclass(frozen=True)
@@ -104,21 +63,44 @@ def make_data(workload: Workload, cache: KVCache) -> Data:
     return Data(workload, q.to(torch.bfloat16), cache, indices, 3.0 * d_qk**-0.5)
 
 
-def providers(data: Data) -> dict[str, Callable[[], Answer]]:
-    """Who can answer the workload here: name -> a call that returns (out, lse)."""
-    found: dict[str, Callable[[], Answer]] = {}
-    workload = data.workload
-    for backend in dispatch.available_backends(data.q.device):
-        found[f"sparse_mla:{backend}"] = _ours(data, backend)
-    if data.q.device.type == "cpu":
-        found["torch:gather_einsum"] = lambda: gather_einsum(data)
-    peer = _flash_mla(data) if data.q.device.type == "cuda" else None
-    if peer is not None and workload.layout in ("v32_fp8", "bf16"):
-        found["flash_mla"] = peer
+@dataclass
+class Providers:
+    """Who answers a workload: name -> a call that returns (out, lse), and who does not: why."""
+
+    calls: dict[str, Call] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def providers(data: Data, backends: Sequence[str] = (), peers: bool = True) -> Providers:
+    """Our backends and, if wanted, the peers that are installed.
+
+    Args:
+        backends: names of ours; default those that run on this machine.
+
+    Raises:
+        ValueError: the op has no backend of that name.
+    """
+    found = Providers()
+    workload, device = data.workload, data.q.device
+    request = dispatch.Request(
+        workload.op, workload.layout, workload.h_q, workload.tokens, workload.topk
+    )
+    for name in backends or dispatch.available_backends(device):
+        try:
+            dispatch.choose(request, arch.of(device), name)
+        except NotImplementedError as error:
+            found.refused[f"sparse_mla:{name}"] = str(error)
+        else:
+            found.calls[f"sparse_mla:{name}"] = _ours(data, name)
+    if peers and device.type == "cpu":
+        found.calls["torch:gather_einsum"] = lambda: gather_einsum(data)
+    peer = _flash_mla(data) if peers and device.type == "cuda" else None
+    if peer is not None:
+        found.calls["flash_mla"] = peer
     return found
 
 
-def _ours(data: Data, backend: str) -> Callable[[], Answer]:
+def _ours(data: Data, backend: str) -> Call:
     if data.workload.op == "decode":
         return lambda: decode(data.q, data.cache, data.indices, scale=data.scale, backend=backend)
 
@@ -139,7 +121,7 @@ def gather_einsum(data: Data) -> Answer:
     return out.to(torch.bfloat16), lse
 
 
-def _flash_mla(data: Data) -> Callable[[], Answer] | None:
+def _flash_mla(data: Data) -> Call | None:
     """An installed flash_mla, given what it takes: heads padded to 64 or 128 by the caller."""
     try:
         flash_mla = importlib.import_module("flash_mla")

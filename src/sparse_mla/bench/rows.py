@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from .workloads import Workload
+
+OURS = "sparse_mla:"
+"""How the provider names of our backends begin."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,9 @@ class Row:
         rel_l2, gain: error of the very answer that was timed, against the float64 oracle on a
             sample of its query tokens.
         ideal: rel_l2 of rounding the exact answer to bf16, on the same sample.
-        sm_clock_mhz: SM clock right after the provider's samples, 0 on CPU.
+        sm_clock_mhz: SM clock right after the workload's samples, 0 on CPU.
+        lse_err: max |lse - ref| on the same sample.
+        checked: query tokens in that sample. Rows from before these two were kept lack them.
     """
 
     run: str
@@ -61,10 +69,22 @@ class Row:
     triton: str
     commit: str
     date: str
+    lse_err: float | None = None
+    checked: int | None = None
 
     @property
-    def shape(self) -> tuple[str, str, int, int, int, int, int]:
-        return self.op, self.layout, self.b, self.s_q, self.h_q, self.topk, self.s_kv
+    def workload(self) -> Workload:
+        return Workload(self.op, self.layout, self.b, self.s_q, self.h_q, self.topk, self.s_kv)
+
+    @property
+    def multiple(self) -> float:
+        """Error in multiples of ideal rounding."""
+        return self.rel_l2 / self.ideal
+
+    @property
+    def backend(self) -> str | None:
+        """Which backend of ours, None for a peer."""
+        return self.provider.removeprefix(OURS) if self.provider.startswith(OURS) else None
 
 
 def this_machine(device: torch.device) -> Machine:
@@ -83,6 +103,12 @@ def this_machine(device: torch.device) -> Machine:
     )
 
 
+def results_file(folder: Path, machine: Machine) -> Path:
+    """Where a machine's rows of a day go below benchmarks/results: <gpu>/<date>.jsonl."""
+    slug = re.sub(r"[^a-z0-9]+", "-", machine.gpu.lower()).strip("-")
+    return folder / slug / f"{machine.date}.jsonl"
+
+
 def append(path: Path, rows: list[Row]) -> None:
     """Add rows to a file, making it and its folder where they do not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,6 +120,7 @@ def append(path: Path, rows: list[Row]) -> None:
 def read(path: Path) -> list[Row]:
     """The rows of a file; ValueError names the line that is not one."""
     names = {field.name for field in fields(Row)}
+    needed = {field.name for field in fields(Row) if field.default is MISSING}
     rows = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         if not line.strip():
@@ -102,7 +129,7 @@ def read(path: Path) -> list[Row]:
             values = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number}: not JSON: {error}") from error
-        if not isinstance(values, dict) or set(values) != names:
+        if not isinstance(values, dict) or not needed <= set(values) <= names:
             given = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"{path}:{number}: fields are {given}, a row has {sorted(names)}")
         rows.append(Row(**values))

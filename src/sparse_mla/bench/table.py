@@ -1,19 +1,26 @@
-"""Tables made from rows: README's performance section, and what `sparse-mla bench` prints."""
+"""Tables made from rows: README's and the documentation's, and what `sparse-mla bench` prints."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from .. import arch, dispatch
 from ..kv_layout import LAYOUTS
 from .rows import Row, read
+from .run import Missing
+from .workloads import GOALS, HEADLINES, Goal, goal_of
 
 BASELINES = ("flash_mla", "torch:gather_einsum")
+# The version that the support table speaks of: the one that the H200's rows were measured with.
+SUPPORT_TRITON = "3.6.0"
+# Columns of the terminal's table where there is no terminal to ask.
+PLAIN_WIDTH = 155
 
 
 @dataclass(frozen=True)
@@ -27,94 +34,210 @@ class Line:
     def ratio(self) -> float | None:
         return None if self.peer is None else self.peer.p50_us / self.ours.p50_us
 
+    @property
+    def goal(self) -> Goal | None:
+        goal = goal_of(self.ours.gpu, self.ours.workload, self.ours.backend or "")
+        if goal is None or self.peer is None or self.peer.provider != goal.peer:
+            return None
+        return goal
 
-def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of each machine, shape and provider the row of the newest run: later lines win."""
-    newest: dict[tuple[object, object], str] = {}
-    rows = list(rows)
-    for row in rows:
-        newest[row.gpu, row.shape] = row.run
-    return [row for row in rows if newest[row.gpu, row.shape] == row.run]
+    @property
+    def verdict(self) -> str:
+        """ "met", or what is not: time, error, gain; empty without a goal."""
+        goal, ratio = self.goal, self.ratio
+        if goal is None or ratio is None:
+            return ""
+        failed = []
+        if round(ratio, 2) < goal.ratio:
+            failed.append("time")
+        if goal.error is not None and round(self.ours.multiple, 2) > goal.error:
+            failed.append("error")
+        if goal.gain is not None and abs(self.ours.gain) > goal.gain:
+            failed.append("gain")
+        return "not met: " + ", ".join(failed) if failed else "met"
 
 
 def lines(rows: Iterable[Row]) -> list[Line]:
-    """Pair our rows with the baseline measured in the same run on the same shape."""
+    """Our newest row of each machine, workload and backend, with the baseline of its own run.
+
+    Later rows are newer. Sorted by machine, then as the workloads come first.
+    """
     rows = list(rows)
-    peers = {(r.run, r.shape): r for r in rows if r.provider in BASELINES}
-    return [
-        Line(row, peers.get((row.run, row.shape)))
-        for row in rows
-        if row.provider.startswith("sparse_mla:")
-    ]
+    peers = {(r.run, r.workload): r for r in rows if r.provider in BASELINES}
+    newest: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        if row.backend is not None:
+            newest[row.gpu, row.workload, row.backend] = row
+    return [Line(row, peers.get((row.run, row.workload))) for row in newest.values()]
 
 
-def markdown(rows: Iterable[Row]) -> str:
-    """One table a machine, in the order of the rows."""
+def by_machine(found: Sequence[Line]) -> dict[str, list[Line]]:
+    machines = dict.fromkeys(line.ours.gpu for line in found)
+    return {gpu: [line for line in found if line.ours.gpu == gpu] for gpu in machines}
+
+
+def _measured_with(found: Sequence[Line]) -> str:
+    """Versions, commits and dates behind the lines."""
+    first = found[0].ours
+    commits = ", ".join(dict.fromkeys(line.ours.commit[:10] for line in found))
+    dates = ", ".join(dict.fromkeys(line.ours.date for line in found))
+    return (
+        f"**{first.gpu}** (driver {first.driver}, torch {first.torch}, triton {first.triton}, "
+        f"commit {commits}, {dates})"
+    )
+
+
+_COLUMNS = (
+    "op", "cache", "b", "s_q", "heads", "topk", "s_kv", "backend", "time (p20-p80) us",
+    "error / ideal", "gain", "peer", "its time (p20-p80) us", "its error / ideal",
+    "peer's time / ours",
+)  # fmt: skip
+
+
+def _cells(line: Line) -> list[str]:
+    ours, peer = line.ours, line.peer
+    shape = (ours.op, ours.layout, ours.b, ours.s_q, ours.h_q, ours.topk, ours.s_kv)
+    cells = [str(value) for value in shape]
+    cells += [str(ours.backend), spread(ours), f"{ours.multiple:.2f}", f"{ours.gain:+.0e}"]
+    if peer is None or line.ratio is None:
+        return [*cells, "", "", "", ""]
+    return [*cells, peer.provider, spread(peer), f"{peer.multiple:.2f}", f"{line.ratio:.2f}"]
+
+
+def spread(row: Row) -> str:
+    """Median and p20-p80, microseconds, with a decimal where it says something."""
+    digits = 1 if row.p50_us < 100 else 0
+    return f"{row.p50_us:.{digits}f} ({row.p20_us:.{digits}f}-{row.p80_us:.{digits}f})"
+
+
+def _markdown(columns: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    parts = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    parts += ["| " + " | ".join(cells) + " |" for cells in body]
+    return "\n".join(parts)
+
+
+def measurements(rows: Iterable[Row]) -> str:
+    """Every line, one table a machine."""
     parts = []
-    rows = latest(rows)
-    for gpu in dict.fromkeys(row.gpu for row in rows):
-        of_gpu = [row for row in rows if row.gpu == gpu]
-        first = of_gpu[0]
-        parts.append(
-            f"**{gpu}** (driver {first.driver}, torch {first.torch}, triton {first.triton}, "
-            f"commit {first.commit[:10]}, {first.date})\n"
-        )
-        parts.append(
-            "| op | cache | b | s_q | heads | topk | backend | time (p20-p80) us | error / ideal "
-            "| peer | its time us | its error / ideal | peer's time / ours |"
-        )
-        parts.append("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
-        for line in lines(of_gpu):
-            parts.append(_markdown_line(line))
-        parts.append("")
+    for found in by_machine(lines(rows)).values():
+        parts += [_measured_with(found), "", _markdown(_COLUMNS, map(_cells, found)), ""]
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _markdown_line(line: Line) -> str:
-    ours, peer = line.ours, line.peer
-    cells = [
-        ours.op,
-        ours.layout,
-        str(ours.b),
-        str(ours.s_q),
-        str(ours.h_q),
-        str(ours.topk),
-        ours.provider.removeprefix("sparse_mla:"),
-        f"{ours.p50_us:.0f} ({ours.p20_us:.0f}-{ours.p80_us:.0f})",
-        f"{ours.rel_l2 / ours.ideal:.2f}",
-    ]
-    if peer is None:
-        cells += ["", "", "", ""]
-    else:
-        cells += [
-            peer.provider,
-            f"{peer.p50_us:.0f}",
-            f"{peer.rel_l2 / peer.ideal:.2f}",
-            f"{peer.p50_us / ours.p50_us:.2f}",
-        ]
-    return "| " + " | ".join(cells) + " |"
+def headlines(rows: Iterable[Row]) -> str:
+    """The workloads of `HEADLINES`, each with the backend that runs by default."""
+    order = [b.name for b in dispatch.backends_of("decode")]
+    columns = (
+        "workload", "backend", "time us", "error / ideal", "peer", "its time us",
+        "its error / ideal", "peer's time / ours",
+    )  # fmt: skip
+    parts = []
+    for found in by_machine(lines(rows)).values():
+        chosen = []
+        for workload in HEADLINES:
+            same = [line for line in found if line.ours.workload == workload]
+            if same:
+                chosen.append(min(same, key=lambda line: order.index(str(line.ours.backend))))
+        if not chosen:
+            continue
+        body = []
+        for line in chosen:
+            ours, peer = line.ours, line.peer
+            cells = [ours.workload.label, str(ours.backend), f"{ours.p50_us:.0f}"]
+            cells.append(f"{ours.multiple:.2f}")
+            if peer is None or line.ratio is None:
+                cells += ["", "", "", ""]
+            else:
+                cells += [peer.provider, f"{peer.p50_us:.0f}", f"{peer.multiple:.2f}"]
+                cells.append(f"**{line.ratio:.2f}**")
+            body.append(cells)
+        parts += [_measured_with(chosen), "", _markdown(columns, body), ""]
+    return "\n".join(parts).rstrip() + "\n"
 
 
-def print_rows(rows: Iterable[Row], console: Console) -> None:
-    """The measured rows as a table for the terminal."""
+def goals(rows: Iterable[Row]) -> str:
+    """Every goal against the newest rows: ratio and error, met or not, or not measured."""
+    columns = (
+        "machine", "backend", "workload", "peer", "its time us", "ours", "ratio", "goal",
+        "error / ideal", "goal", "gain", "",
+    )  # fmt: skip
+    found = lines(rows)
+    body = []
+    for goal in GOALS:
+        limit = "" if goal.error is None else f"≤ {goal.error:.2f}"
+        head = [goal.machine, goal.backend, goal.workload.label, goal.peer]
+        same = [line for line in found if line.goal == goal]
+        if not same:
+            body.append([*head, "", "", "", f"≥ {goal.ratio:.2f}", "", limit, "", "not measured"])
+        for line in same:
+            ours, peer, ratio = line.ours, line.peer, line.ratio
+            if peer is None or ratio is None:
+                raise ValueError(f"a line with a goal has no peer: {ours}")
+            body.append(
+                [
+                    *head,
+                    spread(peer),
+                    spread(ours),
+                    f"{ratio:.2f}",
+                    f"≥ {goal.ratio:.2f}",
+                    f"{ours.multiple:.2f}",
+                    limit,
+                    f"{ours.gain:+.0e}",
+                    line.verdict,
+                ]
+            )
+    return _markdown(columns, body) + "\n"
+
+
+def print_result(rows: Sequence[Row], missing: Sequence[Missing], console: Console) -> None:
+    """What a run measured, first what has a goal, and what was not timed and why."""
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    shown = lines(rows)
+    aims = [line for goal in GOALS for line in shown if line.goal == goal]
     table = Table(
-        "workload", "provider", "p50 us", "p20-p80", "error / ideal", "gain", "x baseline"
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption="median (p20-p80); error in multiples of ideal rounding; topk 2048, decode with "
+        "s_q 1 and prefill with 4096 where nothing else is said",
     )
-    rows = list(rows)
-    baselines = {(r.run, r.shape): r for r in rows if r.provider in BASELINES}
-    for row in rows:
-        base = baselines.get((row.run, row.shape))
-        ratio = "" if base is None else f"{base.p50_us / row.p50_us:.2f}"
-        table.add_row(
-            f"{row.op} {row.layout} b={row.b} s_q={row.s_q} h={row.h_q}",
-            row.provider,
-            f"{row.p50_us:.1f}",
-            f"{row.p20_us:.1f}-{row.p80_us:.1f}",
-            f"{row.rel_l2 / row.ideal:.2f}",
-            f"{row.gain:+.1e}",
-            ratio,
-        )
+    for name in ("workload", "backend"):
+        table.add_column(name, no_wrap=True)
+    for name in ("peer us", "ours us", "ratio", "goal", "error", "peer's", "gain"):
+        table.add_column(name, no_wrap=True, justify="right")
+    table.add_column("")
+    for line in aims:
+        table.add_row(*_terminal_cells(line), style=None if line.verdict == "met" else "red")
+    table.add_section()
+    for line in shown:
+        if line.goal is None:
+            table.add_row(*_terminal_cells(line))
     console.print(table)
+    if aims:
+        met = sum(line.verdict == "met" for line in aims)
+        console.print(f"{met} of {len(aims)} goals met")
+    for item in missing:
+        word = "WRONG" if item.wrong else "refused"
+        console.print(
+            f"{word}: {item.provider}, {item.workload.label}: {item.reason}", markup=False
+        )
+
+
+def _terminal_cells(line: Line) -> list[str]:
+    ours, peer, goal = line.ours, line.peer, line.goal
+    usual = ("topk=2048", "s_q=1", "s_q=4096")
+    return [
+        " ".join(word for word in ours.workload.label.split() if word not in usual),
+        str(ours.backend),
+        "-" if peer is None else spread(peer),
+        spread(ours),
+        "-" if line.ratio is None else f"{line.ratio:.2f}",
+        "" if goal is None else f"{goal.ratio:.2f}",
+        f"{ours.multiple:.2f}",
+        "-" if peer is None else f"{peer.multiple:.2f}",
+        f"{ours.gain:+.0e}",
+        line.verdict,
+    ]
 
 
 def result_files(root: Path) -> list[Path]:
@@ -125,47 +248,17 @@ def result_files(root: Path) -> list[Path]:
 def support() -> str:
     """What runs where, as the backends themselves answer."""
     names = ("cpu", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-    parts = [
-        "| op | cache | " + " | ".join("CPU" if n == "cpu" else n for n in names) + " |",
-        "|---" * (len(names) + 2) + "|",
-    ]
+    columns = ("op", "cache", *("CPU" if n == "cpu" else n for n in names))
+    machines = [replace(arch.parse(name), triton=SUPPORT_TRITON) for name in names]
+    body = []
     for op in dispatch.OPS:
         for layout in LAYOUTS:
-            cells = []
-            for name in names:
-                answers = dispatch.explain(dispatch.Request(op, layout, 64), arch.parse(name))
+            cells = [op, layout]
+            for machine in machines:
+                answers = dispatch.explain(dispatch.Request(op, layout, 64), machine)
                 cells.append(next((a.backend for a in answers if a.chosen), "no"))
-            parts.append(f"| {op} | {layout} | " + " | ".join(cells) + " |")
-    return "\n".join(parts) + "\n"
-
-
-# (machine, provider, peer, b, heads, least ratio of the peer's time to ours), v32_fp8 decode.
-GOALS = (
-    ("NVIDIA H200", "sparse_mla:triton", "flash_mla", 128, 16, 0.6),
-    ("NVIDIA H200", "sparse_mla:triton", "flash_mla", 128, 64, 0.6),
-    ("CPU", "sparse_mla:cpu", "torch:gather_einsum", 8, 16, 5.0),
-)
-
-
-def goals(rows: Iterable[Row]) -> str:
-    """The goals of this version against the newest rows: ratio, met or not."""
-    parts = ["| machine | backend | b | heads | peer | goal | measured | |", "|---" * 8 + "|"]
-    measured = lines(latest(rows))
-    for gpu, provider, peer, b, heads, least in GOALS:
-        for line in measured:
-            ours = line.ours
-            shape = (ours.op, ours.layout, ours.b, ours.s_q, ours.h_q, ours.topk)
-            if (
-                line.peer is None
-                or (ours.provider, line.peer.provider) != (provider, peer)
-                or not ours.gpu.startswith(gpu)
-                or shape != ("decode", "v32_fp8", b, 1, heads, 2048)
-            ):
-                continue
-            ratio = line.peer.p50_us / ours.p50_us
-            cells = [gpu, provider, str(b), str(heads), peer, f"{least:.2f}", f"{ratio:.2f}"]
-            parts.append("| " + " | ".join([*cells, "met" if ratio >= least else "not met"]) + " |")
-    return "\n".join(parts) + "\n"
+            body.append(cells)
+    return _markdown(columns, body) + "\n"
 
 
 def replace_part(text: str, name: str, part: str) -> str:
@@ -179,21 +272,32 @@ def replace_part(text: str, name: str, part: str) -> str:
     return f"{head}{begin}\n\n{part}\n{end}{tail}"
 
 
+def all_rows(root: Path) -> list[Row]:
+    """The rows of every committed file, older files first."""
+    return [row for path in result_files(root) for row in read(path)]
+
+
 def pages(root: Path) -> dict[Path, str]:
     """The pages with generated parts, and their texts made anew from the rows below `root`."""
-    rows = [row for path in result_files(root) for row in read(path)]
-    readme, performance = root / "README.md", root / "docs" / "performance.md"
+    rows = all_rows(root)
+    readme, docs = root / "README.md", root / "docs"
     with_support = replace_part(readme.read_text(), "support", support())
+    performance, all_of_them = docs / "performance.md", docs / "measurements.md"
     return {
-        readme: replace_part(with_support, "performance", markdown(rows)),
+        readme: replace_part(with_support, "performance", headlines(rows)),
         performance: replace_part(performance.read_text(), "goals", goals(rows)),
+        all_of_them: replace_part(all_of_them.read_text(), "measurements", measurements(rows)),
     }
 
 
 def main() -> None:
-    """Rewrite the generated parts of the checkout in the current folder."""
-    for path, text in pages(Path.cwd()).items():
+    """Rewrite the generated parts of the checkout in the current folder, and its figures."""
+    from .figures import write_all
+
+    root = Path.cwd()
+    for path, text in pages(root).items():
         path.write_text(text)
+    write_all(all_rows(root), root / "docs" / "figures")
 
 
 if __name__ == "__main__":

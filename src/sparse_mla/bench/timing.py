@@ -15,16 +15,17 @@ FLUSH_BYTES = 512 << 20
 
 
 def measure(
-    calls: Mapping[str, Call], device: torch.device, samples: int
+    calls: Mapping[str, Call], device: torch.device, samples: int, warm_up: int = 3
 ) -> dict[str, list[float]]:
     """Microseconds of each call, `samples` times.
 
-    On a GPU the providers take turns, which puts them under the same clocks. On CPU each has its
-    samples in a row: what the other left in caches and page tables is not the provider's time.
-    Only ratios within a run are meant to be quoted.
+    On a GPU the providers take turns, each round beginning with another one, which puts them under
+    the same clocks; `warm_up` rounds before the first sample. On CPU each has its samples in a row:
+    what the other left in caches and page tables is not the provider's time. Only ratios within a
+    run are meant to be quoted.
     """
     if device.type == "cuda":
-        return _measure_cuda(calls, samples)
+        return _measure_cuda(calls, samples, warm_up)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for name, call in calls.items():
         call()
@@ -35,13 +36,14 @@ def measure(
     return times
 
 
-def _measure_cuda(calls: Mapping[str, Call], samples: int) -> dict[str, list[float]]:
+def _measure_cuda(calls: Mapping[str, Call], samples: int, warm_up: int) -> dict[str, list[float]]:
     graphs = {name: _capture(call) for name, call in calls.items()}
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     times: dict[str, list[float]] = {name: [] for name in calls}
-    warm_up = 3
+    order = list(graphs.items())
     for round_number in range(samples + warm_up):
-        for name, graph in graphs.items():
+        order = order[1:] + order[:1]
+        for name, graph in order:
             flush.fill_(round_number % 251)
             start = torch.cuda.Event(enable_timing=True)
             end = torch.cuda.Event(enable_timing=True)
