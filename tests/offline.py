@@ -1,245 +1,297 @@
-"""Compile Triton kernels for architectures that are not here, and read what ptxas says of them."""
+"""Compile kernels for GPUs that are not here, just as the launchers start them; read the result.
+
+A launcher is called on tensors of the CPU while triton's launch is replaced: what would have been
+launched is recorded, arguments and all, and compiled for the architecture in question. So there is
+nothing to keep in step with the launchers, and a kernel needs no list of its signatures.
+"""
 
 from __future__ import annotations
 
-import itertools
+import argparse
 import os
-import re
-import subprocess
-import tempfile
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction, TensorWrapper
 
+from sparse_mla import KVCache, arch, dispatch
 from sparse_mla.arch import Arch
-from sparse_mla.kv_layout import LAYOUTS, KVLayout
-from sparse_mla.ops.sparse_decode import config, triton_kernel
-from sparse_mla.ops.sparse_decode.config import Launch
-
-# Every kernel is compiled as it is launched on well-aligned tensors: 16-byte pointers and strides.
-ALIGNED = [["tt.divisibility", 16]]
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What one compiled kernel takes.
-
-    Attributes:
-        registers: per thread.
-        spilled: bytes of spill stores and loads together.
-        shared: bytes of shared memory per block.
-    """
-
-    registers: int
-    spilled: int
-    shared: int
-
-
-def machine(capability: tuple[int, int], multiprocessors: int = 100) -> Arch:
-    """A GPU of that compute capability, without the GPU."""
-    name = f"sm_{capability[0]}{capability[1]}"
-    return Arch("cuda", name, capability, multiprocessors, triton.__version__, False)
-
-
-def compile_for(
-    kernel: triton.JITFunction,
-    capability: tuple[int, int],
-    types: dict[str, str],
-    constants: dict[str, Any],
-    aligned: list[str],
-    num_warps: int,
-) -> Usage:
-    """Compile `kernel` for an architecture.
-
-    Args:
-        types: Triton's type of every argument that is passed.
-        constants: values of the constexpr arguments, and None for pointers that are absent.
-        aligned: arguments known to be multiples of 16.
-    """
-    names = kernel.arg_names
-    source = ASTSource(
-        kernel,
-        {name: types.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): ALIGNED for name in aligned},
-    )
-    number = 10 * capability[0] + capability[1]
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", number, 32), options={"num_warps": num_warps}
-    )
-    return assemble(compiled.asm["ptx"], number, compiled.metadata.shared)
-
-
-def assemble(ptx: str, number: int, shared: int) -> Usage:
-    """Put PTX through the ptxas that triton brings along; it prints registers and spills."""
-    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-    if target is None:
-        raise ValueError("the PTX names no target")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        cubin = str(source.with_suffix(".cubin"))
-        done = subprocess.run(
-            [get_ptxas(number).path, "-v", "--gpu-name", target[1], "-o", cubin, str(source)],
-            capture_output=True,
-            text=True,
-        )
-    registers = re.search(r"Used (\d+) registers", done.stderr)
-    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    if done.returncode or registers is None or spilled is None:
-        raise RuntimeError(f"ptxas failed for {target[1]}: {done.stderr}")
-    return Usage(int(registers[1]), int(spilled[1]) + int(spilled[2]), shared)
-
-
-def attend_usage(
-    capability: tuple[int, int], layout: KVLayout, launch: Launch, *, split: bool, options: bool
-) -> Usage:
-    """`attend` as `launch_attend` starts it; `options`: with lengths, sink and max_logits."""
-    integers = (
-        "q_stride_b q_stride_s q_stride_h indices_stride_b indices_stride_s page_stride page_size "
-        "last_slot s_q heads head_blocks topk splits split_size"
-    )
-    types = dict.fromkeys(integers.split(), "i32")
-    types |= {"q_ptr": "*bf16", "kv_ptr": "*u8", "indices_ptr": "*i32", "lse_ptr": "*fp32"}
-    types |= {"out_ptr": "*fp32" if split else "*bf16", "scale_log2": "fp32"}
-    aligned = ["q_ptr", "kv_ptr", "indices_ptr", "out_ptr", "lse_ptr", "page_stride", "page_size"]
-    aligned += ["q_stride_b", "q_stride_s", "q_stride_h", "indices_stride_b", "indices_stride_s"]
-    constants: dict[str, Any] = {"lengths_ptr": None, "sink_ptr": None, "max_ptr": None}
-    if options:
-        present = {"lengths_ptr": "*i32"}
-        if not split:
-            present |= {"sink_ptr": "*fp32", "max_ptr": "*fp32"}
-        types |= present
-        aligned += list(present)
-        constants = {name: None for name in constants if name not in present}
-    constants |= {
-        "QUANTISED": layout.quantised,
-        "D_ROPE": layout.rope.count if layout.rope else 0,
-        "TOKEN_STRIDE": layout.row_bytes,
-        "PACKED": not options,
-        "HARDWARE_FP8": capability >= (8, 9),
-        "SPLIT": split,
-        "BLOCK_H": launch.block_h,
-        "BLOCK_T": launch.block_t,
-        "VALUE_BLOCKS": launch.value_blocks,
-        "STAGES": launch.stages,
-    }
-    kernel = triton_kernel.attend
-    return compile_for(kernel, capability, types, constants, aligned, launch.num_warps)
-
-
-def combine_usage(capability: tuple[int, int], splits: int, *, sink: bool) -> Usage:
-    """`combine` as `launch_attend` starts it for a number of splits."""
-    types = {"parts_ptr": "*fp32", "parts_lse_ptr": "*fp32", "out_ptr": "*bf16", "lse_ptr": "*fp32"}
-    aligned = list(types)
-    types |= {"rows": "i32", "heads": "i32", "splits": "i32"}
-    constants: dict[str, Any] = {"MAX_SPLITS": triton.next_power_of_2(splits), "BLOCK_D": 256}
-    if sink:
-        types["sink_ptr"] = "*fp32"
-        aligned.append("sink_ptr")
-    else:
-        constants["sink_ptr"] = None
-    warps = 4 if splits > 8 else 1
-    return compile_for(triton_kernel.combine, capability, types, constants, aligned, warps)
-
+from sparse_mla.bench.workloads import GPU_WORKLOADS
+from sparse_mla.kv_layout import LAYOUTS
+from usage import Usage, recorded, usage_of, write_table
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
-LAUNCH_NAMES = {
-    value: name for name, value in sorted(vars(config).items()) if isinstance(value, Launch)
-}
+# Of an H200; the portable kernels' launches do not depend on it.
+MULTIPROCESSORS = 132
+
+
+# ------------------------------------------------------------------ recording launches
+@dataclass(frozen=True)
+class Launched:
+    """A kernel and what a launcher passed to it; tensors are replaced by small ones like them."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    keywords: tuple[tuple[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__).strip("_")
+
+    def key(self) -> str:
+        """Equal for launches that triton compiles once."""
+        parts = [self.kernel.fn.__module__, self.name]
+        values = dict(zip(self.kernel.arg_names, self.arguments, strict=False))
+        values |= dict(self.keywords)
+        constants = {p.name for p in self.kernel.params if p.is_constexpr}
+        plain = {p.name for p in self.kernel.params if p.do_not_specialize}
+        for name, value in sorted(values.items()):
+            if isinstance(value, (torch.Tensor, TensorWrapper)):
+                value = (value.dtype, value.data_ptr() % 16 == 0)
+            elif isinstance(value, int) and name not in constants and name in self.kernel.arg_names:
+                kind = 0 if name in plain else 1 if value == 1 else 16 * (value % 16 == 0)
+                value = (kind, value >= 2**31)
+            elif isinstance(value, float):
+                value = "float"
+            parts.append(f"{name}={value}")
+        return " ".join(parts)
+
+    def compile(self, capability: tuple[int, int]) -> Usage:
+        number = 10 * capability[0] + capability[1]
+        _Offline.here.number = number
+        made = self.kernel.run(*self.arguments, grid=(1,), warmup=True, **dict(self.keywords))
+        return usage_of(made, number)
+
+
+class _Offline:
+    """Triton's driver for a GPU that is not here: only what compiling asks for."""
+
+    here = threading.local()
+
+    def get_current_device(self) -> int:
+        return int(self.here.number)  # kernels keep their compilations by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.here.number, 32)
+
+
+@contextmanager
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads that compile side by side; meanwhile triton sees only the GPU it compiles for."""
+    with (
+        mock.patch.object(driver, "_active", _Offline()),
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+    ):
+        yield threads
+
+
+def machine(capability: tuple[int, int]) -> Arch:
+    """A GPU of that compute capability, without the GPU."""
+    name = f"sm_{capability[0]}{capability[1]}"
+    return Arch("cuda", name, capability, MULTIPROCESSORS, triton.__version__, False)
+
+
+def _small(value: Any) -> Any:
+    """A stand-in that triton compiles the same kernel for."""
+    if isinstance(value, TensorWrapper):
+        return TensorWrapper(_small(value.base), value.dtype)
+    if not isinstance(value, torch.Tensor):
+        return value
+    offset = value.data_ptr() % 16 // value.element_size()
+    return torch.empty(64, dtype=value.dtype)[offset:]
+
+
+@contextmanager
+def recording(capability: tuple[int, int]) -> Iterator[list[Launched]]:
+    """Launchers believe that CPU tensors are on such a GPU; their launches are collected."""
+    launched: list[Launched] = []
+
+    def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        if any(int(size) < 1 for size in grid):
+            raise ValueError(f"{kernel.fn.__name__} is launched on the grid {grid}")
+        values = tuple((name, _small(value)) for name, value in sorted(keywords.items()))
+        launched.append(Launched(kernel, tuple(map(_small, arguments)), values))
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", record))
+        stack.enter_context(mock.patch.object(arch, "of", lambda device: machine(capability)))
+        yield launched
+
+
+# ------------------------------------------------------------------ calls of the launchers
+def call_decode(
+    run: Callable[..., object], layout: str, b: int, s_q: int, heads: int, topk: int, options: bool
+) -> None:
+    """A backend's decode; `options`: lengths, sinks, odd topk, pages of a shared pool."""
+    cache = _cache(layout, 64, options)
+    q = torch.empty(b, s_q, heads, cache.layout.d_qk, dtype=torch.bfloat16)
+    indices = torch.empty(b, s_q, topk - options, dtype=torch.int32)
+    lengths = torch.empty(b, dtype=torch.int32) if options else None
+    sink = torch.empty(heads) if options else None
+    run(q, cache, indices, lengths, sink, 0.1, 0, False)
+
+
+def call_prefill(
+    run: Callable[..., object], layout: str, s_q: int, heads: int, topk: int, options: bool
+) -> None:
+    """A backend's prefill, likewise."""
+    cache = _cache(layout, 1, options)
+    q = torch.empty(s_q, heads, cache.layout.d_qk, dtype=torch.bfloat16)
+    indices = torch.empty(s_q, topk - options, dtype=torch.int32)
+    lengths = torch.empty(s_q, dtype=torch.int32) if options else None
+    sink = torch.empty(heads) if options else None
+    run(q, cache, indices, lengths, sink, 0.1)
+
+
+def _cache(layout: str, page_size: int, options: bool) -> KVCache:
+    stride = page_size * LAYOUTS[layout].row_bytes + 2**17 if options else None
+    return KVCache.empty(256 // page_size, page_size, layout, page_stride=stride)
 
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel, as one call compiles it for one architecture.
+    """One kernel as one launcher starts it for one architecture."""
 
-    Attributes:
-        capability: of the architecture.
-        kernel: "attend" or "combine".
-        layout: the cache's layout; "" for combine.
-        heads: query heads, which choose the launch.
-        variant: "plain", "options" (lengths, sink, max_logits, padded pages) or "split".
-    """
-
+    name: str
     capability: tuple[int, int]
-    kernel: str
-    layout: str
-    heads: int
-    variant: str
-
-    @property
-    def launch(self) -> Launch:
-        quantised = LAYOUTS[self.layout].quantised
-        return config.launch_for(machine(self.capability), self.heads, quantised)
-
-    @property
-    def name(self) -> str:
-        architecture = machine(self.capability).name
-        if self.kernel == "combine":
-            return f"{architecture}-combine-{self.variant}"
-        return f"{architecture}-{self.layout}-{LAUNCH_NAMES[self.launch]}-{self.variant}"
+    launched: Launched
 
     def compile(self) -> Usage:
-        if self.kernel == "combine":
-            options = self.variant == "options"
-            return combine_usage(self.capability, 64 if options else 2, sink=options)
-        return attend_usage(
-            self.capability,
-            LAYOUTS[self.layout],
-            self.launch,
-            split=self.variant == "split",
-            options=self.variant != "plain",
-        )
+        return self.launched.compile(self.capability)
 
 
 def builds() -> list[Build]:
-    """Every launch that `launch_for` can choose, on every architecture and for every layout."""
-    made: dict[str, Build] = {}
+    """Every compilation that the launchers ask for on every architecture, each once."""
+    found: dict[tuple[tuple[int, int], str], Build] = {}
+    names: set[str] = set()
+
+    def collect(
+        capability: tuple[int, int], label: str, call: Callable[..., None], *arguments: object
+    ) -> None:
+        with recording(capability) as launched:
+            call(*arguments)
+        for one in launched:
+            key = capability, one.key()
+            name = f"{machine(capability).name}-{label}-{one.name}"
+            if key not in found:
+                if name in names:
+                    raise ValueError(f"two different builds are called {name}")
+                names.add(name)
+                found[key] = Build(name, capability, one)
+
     for capability in CAPABILITIES:
-        for layout, heads in itertools.product(LAYOUTS, (16, 32, 64, 128)):
-            # The FP8 kernel is the one that runs out of registers: all its variants.
-            variants = ("plain", "options", "split") if layout == "v32_fp8" else ("options",)
-            for variant in variants:
-                build = Build(capability, "attend", layout, heads, variant)
-                made.setdefault(build.name, build)
-        for variant in ("plain", "options"):
-            build = Build(capability, "combine", "", 1, variant)
-            made[build.name] = build
-    return list(made.values())
+        run = _backend("decode", "triton")
+        for layout in LAYOUTS:
+            for heads in (16, 32, 64, 128):
+                # The FP8 kernel is the one that runs out of registers: all its variants.
+                if layout == "v32_fp8":
+                    shapes = {"plain": (128, False), "split": (1, False), "options": (128, True)}
+                else:
+                    shapes = {"options": (128, True)}
+                for variant, (b, options) in shapes.items():
+                    label = f"triton-{layout}-h{heads}-{variant}"
+                    collect(capability, label, call_decode, run, layout, b, 1, heads, 2048, options)
+    if hopper_supported():
+        _collect_sm90(collect)
+    return list(found.values())
 
 
-TABLE = Path(__file__).parent / "kernel_usage.txt"
+def hopper_supported() -> bool:
+    """Whether the Hopper kernels claim to run with this triton version."""
+    request = dispatch.Request("decode", "v32_fp8", 64)
+    return any(a.ok for a in dispatch.explain(request, machine((9, 0))) if a.backend == "sm90")
 
 
-def recorded() -> tuple[str, dict[str, Usage]]:
-    """The triton version of the table in kernel_usage.txt, and its rows."""
-    head, *lines = TABLE.read_text().splitlines()
-    rows = {}
-    for line in lines:
-        if line and not line.startswith("#"):
-            name, *numbers = line.split()
-            rows[name] = Usage(*(int(n) for n in numbers))
-    return head.split()[-1], rows
+def _collect_sm90(collect: Callable[..., None]) -> None:
+    """The Hopper kernels: what is measured, and every layout and number of heads with options."""
+    here = (9, 0)
+    decode, prefill = _backend("decode", "sm90"), _backend("prefill", "sm90")
+    for w in GPU_WORKLOADS:
+        label = f"sm90-{w.op}-{w.layout}-h{w.h_q}-b{w.b}x{w.s_q}"
+        if w.op == "decode":
+            shape = (w.layout, w.b, w.s_q, w.h_q, w.topk, False)
+            collect(here, label, call_decode, decode, *shape)
+        else:
+            label += f"-topk{w.topk}"
+            collect(here, label, call_prefill, prefill, w.layout, w.s_q, w.h_q, w.topk, False)
+    for layout in LAYOUTS:
+        # bf16_nope is bf16 with less to do.
+        for heads in (64,) if layout == "bf16_nope" else (5, 32, 64):
+            for b in (1, 512):
+                label = f"sm90-decode-{layout}-h{heads}-b{b}-options"
+                collect(here, label, call_decode, decode, layout, b, 1, heads, 2048, True)
+            label = f"sm90-prefill-{layout}-h{heads}-options"
+            collect(here, label, call_prefill, prefill, layout, 4096, heads, 2048, True)
 
 
-def main() -> None:
-    """Compile everything and write the table anew: python tests/offline.py"""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        usages = list(pool.map(Build.compile, builds()))
-    lines = [f"# Written by tests/offline.py with triton {triton.__version__}"]
-    lines.append(f"# {'kernel':45}{'registers':>10}{'spilled':>9}{'shared':>9}")
-    for build, usage in zip(builds(), usages, strict=True):
-        numbers = f"{usage.registers:10}{usage.spilled:9}{usage.shared:9}"
-        lines.append(f"{build.name:47}{numbers}")
-    TABLE.write_text("\n".join(lines) + "\n")
-    print(TABLE.read_text())
+def _backend(op: str, name: str) -> Callable[..., object]:
+    (backend,) = [b for b in dispatch.backends_of(op) if b.name == name]
+    return backend.load()
+
+
+# ------------------------------------------------------------------ comparing
+def problems(build: Build, usage: Usage) -> list[str]:
+    """What is worse than it was recorded with this triton version, or impossible to launch."""
+    limit = machine(build.capability).shared_memory
+    found = []
+    if not 0 < usage.registers <= 255:
+        found.append(f"registers: {usage.registers}")
+    if usage.shared > limit:
+        found.append(f"{usage.shared} bytes of shared memory, {limit} exist")
+    table = recorded(triton.__version__)
+    if table is None:
+        return found  # another compiler, other registers: nothing to compare with
+    if build.name not in table:
+        return [*found, "not recorded: run `make kernel-usage` and look at what changed"]
+    return found + usage.worse_than(table[build.name])
+
+
+def compiled(chosen: list[Build]) -> tuple[dict[str, Usage], dict[str, str]]:
+    """By name: what compiles, and what does not and why."""
+    usages, failed = {}, {}
+    with pool() as threads:
+        futures = {build.name: threads.submit(build.compile) for build in chosen}
+        for name, future in futures.items():
+            error = future.exception()
+            if error is None:
+                usages[name] = future.result()
+            else:
+                failed[name] = f"{type(error).__name__}: {error}"
+    return usages, failed
+
+
+def main() -> int:
+    """Write the table of this triton version, or compare with it."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--check", action="store_true", help="compare, exit status 1 if worse")
+    parser.add_argument("--only", default="", help="kernels whose name holds this; with --check")
+    arguments = parser.parse_args()
+    chosen = [build for build in builds() if arguments.only in build.name]
+    usages, failed = compiled(chosen)
+    if not arguments.check:
+        print(write_table(usages).read_text())
+    for build in chosen if arguments.check else []:
+        found = problems(build, usages[build.name]) if build.name in usages else []
+        if found:
+            failed[build.name] = "; ".join(found)
+    for name, reason in failed.items():
+        print(f"{name}: {reason}")
+    print(f"{len(usages)} kernels compiled with triton {triton.__version__}, {len(failed)} amiss")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
