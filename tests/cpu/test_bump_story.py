@@ -248,13 +248,18 @@ def test_verify_notices_another_commit_and_worse_answers(
     assert "decode/scales/amax failed, passed in the lock" in result.stdout
 
 
-def test_a_candidate_that_fails_moves_nothing(story: Story, build_tree: Path) -> None:
+def test_a_candidate_that_fails_moves_nothing(
+    story: Story, build_tree: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     before = build_tree.read_bytes()
     result = bump_command(story, build_tree, story.repairs)
     assert result.exit_code == 1
     assert "not bumped: " in result.stdout and "matches scale_bf16" in result.stdout
     wrong = bump_command(story, build_tree, story.repairs, "--accept-fault", "scale_pow2_down")
     assert wrong.exit_code == 1 and "the failures are not scale_pow2_down" in wrong.stdout
+    report = tmp_path_factory.mktemp("report") / "refused.md"
+    refused = bump_command(story, build_tree, story.repairs, "--report", report)
+    assert refused.exit_code == 1 and "scale\\_bf16 remains" in report.read_text()
     assert build_tree.read_bytes() == before
     assert sorted(os.listdir(build_tree.parents[1])) == ["cmake"]
     assert os.listdir(build_tree.parent) == ["toy.cmake"]

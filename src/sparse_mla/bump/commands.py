@@ -106,9 +106,15 @@ def compare(
     checkout: Checkout = None,
     base_commit: Annotated[str, typer.Option(help="If the base does not say it.")] = "",
     candidate_commit: Annotated[str, typer.Option(help="If the candidate does not say it.")] = "",
-    cmake: Annotated[list[Path] | None, typer.Option(help="Build files to look for weak")] = None,
-    requirements: Annotated[list[Path] | None, typer.Option(help="pins in, for the")] = None,
-    submodules: Annotated[list[Path] | None, typer.Option(help="report's risks.")] = None,
+    cmake: Annotated[
+        list[Path] | None, typer.Option(help="A CMake file whose weak pins are risks.")
+    ] = None,
+    requirements: Annotated[
+        list[Path] | None, typer.Option(help="A pip file whose weak pins are risks.")
+    ] = None,
+    submodules: Annotated[
+        list[Path] | None, typer.Option(help="A checkout whose submodules are looked at.")
+    ] = None,
 ) -> None:
     """Run two providers on the same inputs and say which is better; docs/bump.md has the rule.
 
