@@ -14,6 +14,7 @@ import torch
 from story_repository import EXACT, POWER_OF_TWO, kernel
 from typer.testing import CliRunner
 
+from sparse_mla.accuracy.check import Report
 from sparse_mla.bench import registry
 from sparse_mla.bump import speed
 from sparse_mla.bump.compare import (
@@ -28,6 +29,7 @@ from sparse_mla.bump.compare import (
 )
 from sparse_mla.bump.junit import junit
 from sparse_mla.bump.paired import compare_pairs
+from sparse_mla.bump.trial import Settings, refusal
 from sparse_mla.cli import app
 
 
@@ -241,3 +243,32 @@ def test_a_wrong_answer_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (found,) = speed.compare_speed(provider, provider, SMALL[:1], torch.device("cpu"), 3)
     assert found["ratio"] is None and "not timed" in found["base_why"]
     assert "relative L2" in found["base_why"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "fault", "message"),
+    [
+        ([row("passed")], "", None),
+        ([row("not_offered", None)], "", "nothing passed"),
+        ([row("passed"), row("failed", 9.0)], "", "1 cases passed, 1 failed"),
+        (
+            [row("failed", 9.0), row("crashed", None, case="decode/z")],
+            "scale_bf16",
+            "decode/z crashed, which no fault explains",
+        ),
+        ([row("failed", 9.0)], "scale_bf16", "the failures are not scale_bf16"),
+    ],
+)
+def test_what_is_not_acceptable(rows: list[Any], fault: str, message: str | None) -> None:
+    found = refusal(Report({}, rows), fault, Settings(torch.device("cpu"), "quick"))
+    assert found == message if message is None else message in str(found)
+
+
+def test_a_fault_that_is_larger_than_its_model_is_not_accepted() -> None:
+    """Named right, but twenty times as far off as rounding the scales to bf16 is."""
+    settings = Settings(torch.device("cpu"), "quick")
+    told = [{"implementation": "base", "fault": "scale_bf16", "text": "t"}]
+    for error, message in ((1.9, None), (38.0, "scale_bf16 does not explain decode/gaussian")):
+        rows = [row("failed", error, case="decode/gaussian"), row("passed")]
+        found = refusal(Report({}, rows, told), "scale_bf16", settings)
+        assert found == message if message is None else message in str(found)

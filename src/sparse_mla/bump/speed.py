@@ -6,6 +6,7 @@ of the candidate, so that both see the same clocks. Only their ratio is meant to
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,10 +44,18 @@ def compare_speed(
     for layout in dict.fromkeys(w.layout for w in workloads):
         group = [w for w in workloads if w.layout == layout]
         cache = make_cache(layout, max(w.s_kv for w in group), device)
+        for provider in (base, candidate):
+            _forget(provider)
         for workload in group:
             note(workload.label)
             rows.append(_row(base, candidate, make_data(workload, cache), samples))
     return rows
+
+
+def _forget(provider: IsolatedProvider) -> None:
+    """Free the last layout's cache on the provider's side; one that cannot answer has none."""
+    with contextlib.suppress(Crashed, Hung, Raised, NotOffered):
+        provider.new_state()
 
 
 def _row(
@@ -82,7 +91,7 @@ def _row(
 
 def _error(provider: IsolatedProvider, call: Inputs, data: Data) -> float:
     """Error in multiples of ideal on a sample; ValueError if that is not the right answer."""
-    output = provider.run(call, provider.new_state())
+    output = provider.run(call, provider.new_state(keep=True))
     if output.lse is None:
         raise NotOffered("answers no lse to check")
     found = check(provider.name, (output.out, output.lse), data)

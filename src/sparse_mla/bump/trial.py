@@ -101,9 +101,9 @@ def refusal(report: Report, fault: str, settings: Settings) -> str | None:
         return f"nothing passed: {words}"
     if not fault:
         return words
-    gone = [row["case"] for row in bad if row["status"] != FAILED]
+    gone = [f"{row['case']} {row['status']}" for row in bad if row["status"] != FAILED]
     if gone:
-        return f"{gone[0]} {bad[0]['status']}, which no fault explains: {words}"
+        return f"{gone[0]}, which no fault explains: {words}"
     if [entry["fault"] for entry in report.diagnoses] != [fault]:
         return f"the failures are not {fault}: {words}"
     by_name = {case.name: case for case in settings.catalogue()}

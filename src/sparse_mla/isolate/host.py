@@ -281,10 +281,13 @@ class IsolatedProvider:
         reply = self._running().ask({"do": "describe", "name": self._name})
         return dict(reply["description"])
 
-    def new_state(self) -> int:
-        self._sent.clear()
+    def new_state(self, keep: bool = False) -> int:
+        """A new caller's state; `keep` what earlier ones sent: workloads share gigabytes."""
+        worker = self._running()
+        if not keep:
+            self._sent.clear()
         number = self._number()
-        self._running().ask({"do": "state", "id": number})
+        worker.ask({"do": "state", "id": number, "keep": keep})
         return number
 
     def run(self, inputs: Inputs, state: int) -> Output:
@@ -316,10 +319,8 @@ class IsolatedProvider:
 
     def prepare_timing(self, inputs: Inputs) -> str:
         """Get ready to time this call; how it will be timed."""
-        worker = self._running()
-        state = self._number()
-        # What was sent before stays: workloads share a cache of gigabytes.
-        worker.ask({"do": "state", "id": state, "keep": True})
+        state = self.new_state(keep=True)
+        worker = self._alive()
         call = self._send(worker, inputs)
         return str(worker.ask({"do": "prepare_timing", "call": call, "state": state})["how"])
 
