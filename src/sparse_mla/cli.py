@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
+from .bump.commands import register as register_bump
+from .cli_common import device_named, usage_error, writable
+
 app = typer.Typer(
-    help="Sparse MLA attention: check kernels, explain choices, measure.",
+    help="Sparse MLA attention: check kernels, explain choices, measure, bump.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -16,24 +19,10 @@ app = typer.Typer(
 
 @app.callback()
 def main() -> None:
-    """Sparse MLA attention: check kernels, explain choices, measure."""
+    """Sparse MLA attention: check kernels, explain choices, measure, bump."""
 
 
-def usage_error(message: object) -> NoReturn:
-    """One line on standard error, exit status 2."""
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)
-
-
-def _writable(path: Path | None, option: str) -> None:
-    """Find out before the work, not after it, that a file cannot be written."""
-    if path is None:
-        return
-    try:
-        with path.open("a"):
-            pass
-    except OSError as error:
-        usage_error(f"{option} {path}: {error.strerror}")
+register_bump(app)
 
 
 @app.command()
@@ -44,7 +33,10 @@ def check(
     ] = None,
     provider: Annotated[
         list[str] | None,
-        typer.Option(help="An importable module with FlashMLA's function names; repeatable."),
+        typer.Option(
+            help="NAME, or NAME@PATH of an environment: a provider (`sparse-mla providers`) or a "
+            "module with FlashMLA's function names; repeatable."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of all inputs.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Only the short set of cases.")] = False,
@@ -59,6 +51,12 @@ def check(
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a report to this file.")] = None,
+    isolate: Annotated[
+        bool, typer.Option("--isolate", help="Each in a process of its own, as NAME@PATH always.")
+    ] = False,
+    time_limit: Annotated[
+        float, typer.Option(min=1.0, help="Seconds for a call in a process of its own.")
+    ] = 300.0,
     faults: Annotated[
         bool, typer.Option("--faults", help="Put the fault library on trial instead.")
     ] = False,
@@ -66,7 +64,8 @@ def check(
 ) -> None:
     """Run the case catalogue: is every answer within the error that arithmetic allows?
 
-    Exit status: 0 if nothing failed and something passed, 1 if not, 2 for a usage error.
+    Exit status: 0 if nothing failed, crashed or hung and something passed, 1 if not, 2 for a usage
+    error.
     """
     import torch
 
@@ -80,16 +79,18 @@ def check(
         if list_cases:
             terminal.print_cases(cases, out)
             return
-        where = _device(device)
+        where = device_named(device)
         if faults:
             from .accuracy.fault_gate import run_faults
 
             raise typer.Exit(run_faults(cases, seed=seed, device=where, limit=limit))
-        chosen = checking.choose_implementations(backend or [], provider or [], where)
+        chosen = checking.choose_implementations(
+            backend or [], provider or [], where, isolate, time_limit
+        )
     except ValueError as error:
         usage_error(error)
-    _writable(json, "--json")
-    _writable(html, "--html")
+    writable(json, "--json")
+    writable(html, "--html")
     with torch.no_grad(), terminal.progress(len(cases) * len(chosen)) as step:
         report = checking.run_check(
             chosen, cases, seed=seed, device=where, limit=limit, on_result=step
@@ -106,20 +107,26 @@ def check(
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Argument(help="A file that check --json wrote.")],
+    results: Annotated[Path, typer.Argument(help="A file that check or compare --json wrote.")],
     html: Annotated[Path, typer.Argument(help="The report to write.")],
+    lang: Annotated[str, typer.Option(help="Of a comparison's report: en or zh.")] = "en",
 ) -> None:
-    """Draw the report of a saved run: one self-contained HTML file."""
+    """Draw the report of a saved run, or of a saved comparison: one self-contained file."""
     from .accuracy.check import load_report
     from .accuracy.report import write_html
+    from .bump.report import redraw
 
     try:
+        made = redraw(results, html, lang)
+        if made is not None:
+            typer.echo(f"{made}; report: {html}")
+            return
         loaded = load_report(results)
     except ValueError as error:
         usage_error(error)
     except OSError as error:
         usage_error(f"{results}: {error.strerror}")
-    _writable(html, "HTML")
+    writable(html, "HTML")
     write_html(loaded, html)
     typer.echo(f"{loaded.summary}; report: {html}")
 
@@ -186,12 +193,12 @@ def bench(
     from .bench.workloads import choose
 
     try:
-        where = _device(device)
+        where = device_named(device)
         if list_workloads:
             for workload in choose(workloads_for(where), only or []):
                 typer.echo(workload.label)
             return
-        _writable(rows, "--rows")
+        writable(rows, "--rows")
         with torch.no_grad():
             result = run(
                 where,
@@ -209,21 +216,6 @@ def bench(
         row_files.append(row_files.results_file(results, result.machine), result.rows)
     print_result(result.rows, result.missing, console())
     raise typer.Exit(1 if result.wrong else 0)
-
-
-def _device(name: str | None):  # type: ignore[no-untyped-def]  # torch is imported lazily
-    """The device to run on; ValueError if it does not exist here."""
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        made = torch.device(name)
-        torch.empty(0, device=made)
-    except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
-    return made
 
 
 if __name__ == "__main__":

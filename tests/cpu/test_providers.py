@@ -11,7 +11,7 @@ import torch
 
 from sparse_mla.accuracy import gate
 from sparse_mla.accuracy.cases import CASES
-from sparse_mla.accuracy.gate import FAILED, NOT_OFFERED, NOT_RUN, PASSED, run_case
+from sparse_mla.accuracy.gate import CRASHED, FAILED, NOT_OFFERED, NOT_RUN, PASSED, run_case
 from sparse_mla.accuracy.providers import ModuleProvider, pad
 from sparse_mla.compat import flash_mla
 
@@ -74,6 +74,22 @@ def test_a_refusal_that_padding_does_not_cure_fails(monkeypatch: pytest.MonkeyPa
     assert "Unsupported h_q" in result.detail
 
 
+def test_what_is_not_implemented_for_the_padded_shape_is_not_offered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = make_module(monkeypatch, (64,), 1)
+    picky = sys.modules[name].flash_mla_with_kvcache
+
+    def decode(q: torch.Tensor, k: torch.Tensor, *args: Any) -> Any:
+        if q.shape[-2] == 64 and k.dtype == torch.bfloat16:
+            raise NotImplementedError("FP8 caches only")
+        return picky(q, k, *args)
+
+    monkeypatch.setattr(sys.modules[name], "flash_mla_with_kvcache", decode)
+    result = run_case(ModuleProvider(name), BY_NAME["decode/gaussian/bf16"])
+    assert (result.status, result.detail) == (NOT_OFFERED, "FP8 caches only")
+
+
 def test_nothing_is_padded_for_a_module_that_takes_the_shape(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -99,5 +115,5 @@ def test_after_a_lost_context_the_rest_is_not_run(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gate, "context_lost", lambda device: True)
     cases = [BY_NAME["decode/gaussian"], BY_NAME["prefill/gaussian"]]
     results = gate.run_catalogue([provider], cases)
-    assert [r.status for r in results] == [FAILED, NOT_RUN]
+    assert [r.status for r in results] == [CRASHED, NOT_RUN]
     assert results[1].detail == ("the CUDA context was lost in decode/gaussian on picky_flash_mla")

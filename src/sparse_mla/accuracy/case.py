@@ -15,6 +15,18 @@ class NotOffered(Exception):
     """An implementation lacks an op, layout or option, and says so. Never counted as passed."""
 
 
+class Crashed(Exception):
+    """What ran the implementation is gone: its process, or its CUDA context."""
+
+
+class Hung(Exception):
+    """The implementation did not answer within its time limit."""
+
+
+class Raised(Exception):
+    """An exception of an implementation in another process; its text begins with the type."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """One call of attention.
@@ -55,18 +67,21 @@ class WriteInputs:
 class Output:
     """What an implementation answered: out and lse shaped as the op says.
 
-    lse is [b, s_q, h_q] or [s_q, h_q]; `empty_lse` is the value that the implementation's
-    convention gives a row with nothing valid: -inf for ours, +inf for FlashMLA's entry points.
+    lse is [b, s_q, h_q] or [s_q, h_q], None from kernels that have none; `empty_lse` is the value
+    that the implementation's convention gives a row with nothing valid: -inf for ours, +inf for
+    FlashMLA's entry points.
     `padded` says what the adapter had to pad, as engines do, because the implementation refuses
-    the shape as it is ("heads", "topk"), and `note` tells it to a reader.
+    the shape as it is ("heads", "topk"), and `note` tells it to a reader. `changed` names an input
+    that the call changed, where only the process that ran it can see that.
     """
 
     out: torch.Tensor
-    lse: torch.Tensor
+    lse: torch.Tensor | None
     max_logits: torch.Tensor | None = None
     empty_lse: float = float("-inf")
     padded: tuple[str, ...] = ()
     note: str = ""
+    changed: str = ""
 
 
 class Implementation(Protocol):

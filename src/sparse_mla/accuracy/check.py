@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 
-from .case import Case, Implementation
+from .case import Case, Implementation, Raised
 from .gate import (
+    BAD,
+    CRASHED,
     FAILED,
+    HUNG,
     NOT_OFFERED,
     NOT_RUN,
     PASSED,
@@ -24,13 +27,20 @@ from .gate import (
     context_lost,
     run_catalogue,
 )
-from .providers import Backend, ModuleProvider
+from .providers import load
 
 FORMAT = "sparse_mla.check/1"
 EVIDENCE = 6
 """Failing cases that the diagnosis looks at."""
 
-STATUS_WORDS = {PASSED: "passed", FAILED: "failed", NOT_OFFERED: "not offered", NOT_RUN: "not run"}
+STATUS_WORDS = {
+    PASSED: "passed",
+    FAILED: "failed",
+    CRASHED: "crashed",
+    HUNG: "hung",
+    NOT_OFFERED: "not offered",
+    NOT_RUN: "not run",
+}
 
 
 @dataclass
@@ -54,15 +64,15 @@ class Report:
     def summary(self) -> str:
         """The command's last line."""
         line = f"{self.count(PASSED)} cases passed, {self.count(FAILED)} failed"
-        for status in (NOT_OFFERED, NOT_RUN):
+        for status in (CRASHED, HUNG, NOT_OFFERED, NOT_RUN):
             if self.count(status):
                 line += f", {self.count(status)} {STATUS_WORDS[status]}"
         return line
 
     @property
     def ok(self) -> bool:
-        """Something passed and nothing failed."""
-        return self.count(FAILED) == 0 and self.count(PASSED) > 0
+        """Something passed and nothing failed, crashed or hung."""
+        return not any(self.count(status) for status in BAD) and self.count(PASSED) > 0
 
     def save(self, path: Path) -> None:
         fields = {"about": self.about, "results": self.results, "diagnoses": self.diagnoses}
@@ -143,8 +153,46 @@ def choose_cases(
     return chosen + [random_case(seed * 1_000_003 + i) for i in range(extra)]
 
 
+def make_provider(
+    spec: str,
+    device: torch.device,
+    *,
+    isolate: bool = False,
+    limit: float | None = None,
+    label: str | None = None,
+) -> Implementation:
+    """A provider from what the user wrote: NAME, or NAME@PATH for one that lives elsewhere.
+
+    Args:
+        isolate: in a process of its own even without a path.
+        limit: seconds for a call in a process of its own.
+        label: the name in results, default the spec.
+
+    Raises:
+        ValueError: no such provider, interpreter or directory; one line.
+    """
+    from ..isolate.host import TIME_LIMIT, IsolatedProvider, find_home, here
+
+    name, at, path = spec.partition("@")
+    if not name or (at and not path):
+        raise ValueError(f"provider is {spec!r}, expected NAME or NAME@PATH")
+    try:
+        if at or isolate:
+            home = find_home(path) if at else here()
+            return IsolatedProvider(name, home, device, limit or TIME_LIMIT, label or spec)
+        return load(name)
+    except Exception as error:  # importing foreign code can raise anything
+        reason = " ".join(str(error).split())
+        kind = "" if isinstance(error, (ValueError, Raised)) else f"{type(error).__name__}: "
+        raise ValueError(f"provider {spec!r} cannot be used: {kind}{reason}") from error
+
+
 def choose_implementations(
-    backends: Sequence[str], providers: Sequence[str], device: torch.device
+    backends: Sequence[str],
+    providers: Sequence[str],
+    device: torch.device,
+    isolate: bool = False,
+    limit: float | None = None,
 ) -> list[Implementation]:
     """What to put on trial: the named ones, or every backend that runs on this machine.
 
@@ -161,16 +209,9 @@ def choose_implementations(
                 f"backend {name!r} does not run on {device}; available: "
                 f"{', '.join(available) or 'none'}"
             )
-    chosen: list[Implementation] = [Backend(name) for name in backends]
-    for name in providers:
-        try:
-            chosen.append(ModuleProvider(name))
-        except Exception as error:  # importing foreign code can raise anything
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"provider {name!r} cannot be used: {type(error).__name__}: {reason}"
-            ) from error
-    return chosen or [Backend(name) for name in available]
+    specs = [*backends, *providers] or available
+    options: dict[str, Any] = {"isolate": isolate, "limit": limit}
+    return [make_provider(spec, device, **options) for spec in specs]
 
 
 def run_check(

@@ -2,7 +2,9 @@
 
 `prepare` makes a case's inputs and asks the oracle once; `run_case` tries one implementation on
 them; `run_catalogue` does both for many. A case that an implementation does not offer, or that
-cannot run on this machine, is reported as such and never as passed.
+cannot run on this machine, is reported as such and never as passed. What goes wrong has one of
+three words: failed (a wrong answer, or an exception), crashed (the process or the CUDA context is
+gone), hung (no answer within the time limit; only an isolated implementation can be stopped).
 """
 
 from __future__ import annotations
@@ -17,11 +19,23 @@ import torch
 
 from . import writes
 from .budgets import DEFAULT_LIMIT, Expected, expect
-from .case import Case, Implementation, Inputs, NotOffered, Output, WriteInputs
+from .case import (
+    Case,
+    Crashed,
+    Hung,
+    Implementation,
+    Inputs,
+    NotOffered,
+    Output,
+    Raised,
+    WriteInputs,
+)
 from .case_inputs import NotRun
 from .metrics import Metrics, compare, same_bits
 
 PASSED, FAILED, NOT_OFFERED, NOT_RUN = "passed", "failed", "not_offered", "not_run"
+CRASHED, HUNG = "crashed", "hung"
+BAD = (FAILED, CRASHED, HUNG)
 
 # Where an adapter pads what the implementation refuses, cases about just that say nothing of it.
 _HIDDEN_BY_PADDING = {
@@ -58,7 +72,7 @@ class CaseResult:
     """One implementation on one case.
 
     Attributes:
-        status: PASSED, FAILED, NOT_OFFERED or NOT_RUN.
+        status: PASSED, FAILED, CRASHED, HUNG, NOT_OFFERED or NOT_RUN.
         detail: why, one line; if passed, what the adapter had to pad, mostly nothing.
         metrics: of the call that came off worst; None if no call was judged.
         call: which call that is.
@@ -155,8 +169,14 @@ def run_case(
         return result(NOT_OFFERED, _one_line(error) or "NotImplementedError")
     except torch.OutOfMemoryError as error:
         return result(NOT_RUN, f"out of memory: {_one_line(error)}")
-    except Exception as error:  # a crash of what is on trial is its verdict, not ours
-        return result(FAILED, f"{type(error).__name__}: {_one_line(error)}")
+    except Crashed as error:
+        return result(CRASHED, _one_line(error))
+    except Hung as error:
+        return result(HUNG, _one_line(error))
+    except Exception as error:  # what goes wrong in what is on trial is its verdict, not ours
+        name = "" if isinstance(error, Raised) else f"{type(error).__name__}: "
+        gone = context_lost(ready.device)
+        return result(CRASHED if gone else FAILED, f"{name}{_one_line(error)}")
 
 
 def _run_attention(
@@ -167,9 +187,10 @@ def _run_attention(
 ) -> CaseResult:
     calls = [c for c in ready.calls if isinstance(c, Inputs)]
     wanted = [e for e in ready.expected if e is not None]
-    before = [_fingerprint(c) for c in calls]
+    before = [fingerprint(c) for c in calls]
     first: list[Output] = []
     moved = 0
+    changed_inside: str | None = None
     for repeat in range(ready.case.repeats):
         state = implementation.new_state()
         for i, call in enumerate(calls):
@@ -177,6 +198,10 @@ def _run_attention(
             if ready.device.type == "cuda":
                 # A kernel's crash is reported by a later call; it belongs to this one.
                 torch.cuda.synchronize(ready.device)
+            if output.changed:
+                changed_inside = (
+                    changed_inside or f"call {i + 1} changed its input {output.changed}"
+                )
             for what in output.padded:
                 if _HIDDEN_BY_PADDING[what] & set(ready.case.shows):
                     return result(NOT_OFFERED, output.note)
@@ -191,8 +216,9 @@ def _run_attention(
     problem = metrics.problem
     if len(judged) > 1 and problem is not None:
         problem = f"call {worst + 1} of {len(judged)}: {problem}"
+    problem = problem or changed_inside
     for i, call in enumerate(calls):
-        changed = _changed(call, before[i])
+        changed = changed_input(call, before[i])
         if changed is not None:
             problem = problem or f"call {i + 1} changed its input {changed}"
     if moved and problem is None:
@@ -244,7 +270,7 @@ def run_catalogue(
             if ready is None or lost is not None:
                 ready = Prepared(case, seed, torch.device(device), [], [], lost)
             one = run_case(implementation, case, seed, device, limit, ready)
-            if one.status == FAILED and context_lost(ready.device):
+            if one.status == CRASHED and context_lost(ready.device):
                 lost = f"the CUDA context was lost in {case.name} on {implementation.name}"
             if on_result is not None:
                 on_result(one, ready)
@@ -272,7 +298,8 @@ def _badness(metrics: Metrics) -> tuple[bool, float]:
 def _own(output: Output) -> Output:
     """A copy: an implementation may answer twice in the same buffer."""
     top = None if output.max_logits is None else output.max_logits.clone()
-    return replace(output, out=output.out.clone(), lse=output.lse.clone(), max_logits=top)
+    lse = None if output.lse is None else output.lse.clone()
+    return replace(output, out=output.out.clone(), lse=lse, max_logits=top)
 
 
 def _tensors(call: Inputs) -> dict[str, torch.Tensor]:
@@ -290,11 +317,11 @@ def _tensors(call: Inputs) -> dict[str, torch.Tensor]:
     }
 
 
-def _fingerprint(call: Inputs) -> dict[str, torch.Tensor]:
+def fingerprint(call: Inputs) -> dict[str, torch.Tensor]:
     return {name: t.clone() for name, t in _tensors(call).items()}
 
 
-def _changed(call: Inputs, before: dict[str, torch.Tensor]) -> str | None:
+def changed_input(call: Inputs, before: dict[str, torch.Tensor]) -> str | None:
     """The first input whose bytes are no longer what they were."""
     for name, now in _tensors(call).items():
         a, b = now.contiguous(), before[name].contiguous()

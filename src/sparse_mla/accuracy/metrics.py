@@ -33,7 +33,7 @@ class Metrics:
         row: which row that is: query token and head.
         gain: <out, ref> / <ref, ref> - 1; gain_budget: what its magnitude may be.
         lse_err: max |lse - ref| over rows with something valid; lse_budget: what was allowed
-            there, at the row that used the largest part of its budget.
+            there, at the row that used the largest part of its budget; NaN if there is no lse.
         max_logits_err: the same for max_logits, None if there are none.
         kappa: rms amplification of independent weight errors in this input.
         exempt: query tokens that may be anything, out of `tokens`.
@@ -93,7 +93,7 @@ def compare(output: Output, expected: Expected, limit: float = DEFAULT_LIMIT) ->
     if n * h == 0:
         return Metrics(None, 0.0, 0.0, 0.0, 0.0, 0.0, (0, 0), 0.0, 0.0, 0.0, 0.0, **counts)
     out = output.out.reshape(n, h, d_v).double()
-    lse = output.lse.reshape(n, h).double()
+    lse = None if output.lse is None else output.lse.reshape(n, h).double()
     top = None if output.max_logits is None else output.max_logits.reshape(n, h).double()
     problem = _non_finite_problem(out, lse, top, output.empty_lse, expected)
     if problem is not None:
@@ -127,7 +127,9 @@ def compare(output: Output, expected: Expected, limit: float = DEFAULT_LIMIT) ->
         + expected.gain_bound
     )
     rows = keep & ~expected.empty
-    lse_err, lse_budget, lse_ratio = _worst(lse, expected.ref.lse, scale * expected.lse, rows)
+    lse_err, lse_budget, lse_ratio = math.nan, 0.0, 0.0
+    if lse is not None:
+        lse_err, lse_budget, lse_ratio = _worst(lse, expected.ref.lse, scale * expected.lse, rows)
     top_err, top_budget, top_ratio = None, 0.0, 0.0
     if top is not None:
         top_err, top_budget, top_ratio = _worst(
@@ -195,7 +197,7 @@ def _shape_problem(output: Output, expected: Expected) -> str | None:
 
 def _non_finite_problem(
     out: torch.Tensor,
-    lse: torch.Tensor,
+    lse: torch.Tensor | None,
     top: torch.Tensor | None,
     empty_lse: float,
     expected: Expected,
@@ -206,7 +208,7 @@ def _non_finite_problem(
     bad = ~torch.isfinite(out) & keep[:, None, None]
     if bool(bad.any()):
         return f"out: {_count(bad.any(-1), keep)} hold NaN or Inf where the answer is finite"
-    checks = [("lse", lse, empty_lse)]
+    checks = [("lse", lse, empty_lse)] if lse is not None else []
     if top is not None:
         checks.append(("max_logits", top, float("-inf")))
     for name, value, for_empty in checks:
@@ -230,7 +232,9 @@ def _count(bad: torch.Tensor, of: torch.Tensor) -> str:
 
 def same_bits(a: Output, b: Output) -> bool:
     """Whether two answers are equal bit for bit, NaN included."""
-    pairs = [(a.out, b.out), (a.lse, b.lse)]
+    pairs = [(a.out, b.out)]
+    if a.lse is not None and b.lse is not None:
+        pairs.append((a.lse, b.lse))
     if a.max_logits is not None and b.max_logits is not None:
         pairs.append((a.max_logits, b.max_logits))
     return all(

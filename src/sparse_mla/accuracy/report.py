@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .check import STATUS_WORDS, Report
-from .gate import FAILED
+from .gate import BAD, FAILED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +38,7 @@ def render(report: Report) -> str:
     return environment.get_template("report.html.j2").render(
         report=report,
         words=STATUS_WORDS,
-        failures=[r for r in report.results if r["status"] == FAILED],
+        failures=[r for r in report.results if r["status"] in BAD],
         plots=[_plots(report, name) for name in names],
     )
 
@@ -57,8 +57,8 @@ def _plots(report: Report, implementation: str) -> dict[str, Any]:
     made: dict[str, Any] = {"implementation": implementation, "worst": []}
     if not rows:
         return made
-    made["cases"] = _svg(_case_figure(rows))
-    made["histogram"] = _svg(_histogram(rows))
+    made["cases"] = as_svg(_case_figure(rows))
+    made["histogram"] = as_svg(_histogram(rows))
     for row in sorted(rows, key=_used, reverse=True)[:WORST_SHOWN]:
         metrics = row["metrics"]
         if metrics.get("worst_out") and metrics.get("worst_ref"):
@@ -78,13 +78,13 @@ def _used(row: dict[str, Any]) -> float:
     return float(share) + 1e6 * (row["status"] == FAILED)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _style(axes: Any) -> None:
+def style_axes(axes: Any) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.tick_params(colors=INK, labelsize=8)
@@ -92,7 +92,7 @@ def _style(axes: Any) -> None:
 
 def _case_figure(rows: list[dict[str, Any]]) -> Figure:
     """Error per case against ideal rounding and budget, logarithmic."""
-    figure = _figure(9.5, 0.6 + 0.155 * len(rows))
+    figure = new_figure(9.5, 0.6 + 0.155 * len(rows))
     axes = figure.add_subplot()
     floor = 0.1
     for place, row in enumerate(rows):
@@ -114,7 +114,7 @@ def _case_figure(rows: list[dict[str, Any]]) -> Figure:
     # Budgets beyond the axis (fp32 logits of 1e5) would squeeze all others; measured errors stay.
     axes.set_xlim(floor * 0.95, max(10.0, 1.3 * max(r["metrics"]["multiple"] for r in rows)))
     axes.set_ylim(len(rows) - 0.3, -0.7)
-    axes.set_yticks(range(len(rows)), [r["case"] for r in rows])
+    axes.set_yticks(range(len(rows)), [r["case"] for r in rows], parse_math=False)
     axes.xaxis.set_ticks_position("both")
     axes.tick_params(axis="x", labeltop=True)
     axes.set_xlabel(
@@ -122,14 +122,14 @@ def _case_figure(rows: list[dict[str, Any]]) -> Figure:
         fontsize=9,
         color=INK,
     )
-    _style(axes)
+    style_axes(axes)
     axes.tick_params(axis="y", labelsize=7)
     return figure
 
 
 def _histogram(rows: list[dict[str, Any]]) -> Figure:
     """Errors of single rows over all cases, in multiples of ideal."""
-    figure = _figure(9.5, 2.8)
+    figure = new_figure(9.5, 2.8)
     axes = figure.add_subplot()
     values = [v for r in rows for v in r["metrics"].get("row_multiples", []) if v is not None]
     top = 4.0
@@ -143,7 +143,7 @@ def _histogram(rows: list[dict[str, Any]]) -> Figure:
         color=INK,
     )
     axes.set_ylabel("rows", fontsize=9, color=INK)
-    _style(axes)
+    style_axes(axes)
     return figure
 
 
@@ -154,7 +154,7 @@ def _row_figure(row: dict[str, Any]) -> Figure:
     kept = [(a, b) for a, b in pairs if a is not None and b is not None]
     ref, out = [a for a, _ in kept], [b for _, b in kept]
     size = max((abs(a) for a in ref), default=0.0) or 1.0
-    figure = _figure(9.5, 2.6)
+    figure = new_figure(9.5, 2.6)
     left, right = figure.subplots(1, 2, width_ratios=(1, 2.2))
     left.plot([a / size for a in ref], [b / size for b in out], ".", color=BLUE, ms=3)
     left.plot([-1, 1], [-1, 1], color=GREY, lw=0.8, zorder=0)
@@ -165,11 +165,11 @@ def _row_figure(row: dict[str, Any]) -> Figure:
     right.set_xlabel("output dim", fontsize=8, color=INK)
     right.set_ylabel("difference", fontsize=8, color=INK)
     for axes in (left, right):
-        _style(axes)
+        style_axes(axes)
     return figure
 
 
-def _svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
     return _uri(figure, "svg", "image/svg+xml")
 
 

@@ -13,13 +13,20 @@ from rich.table import Table
 
 from .case import Case
 from .check import STATUS_WORDS, Report
-from .gate import FAILED, PASSED
+from .gate import BAD, PASSED
 
 PLAIN_WIDTH = 140
 """Columns of the table where there is no terminal to ask."""
 
 RANDOM = "random/"
-_COLOURS = {"passed": "green", "failed": "bold red", "not_offered": "yellow", "not_run": "yellow"}
+_COLOURS = {
+    "passed": "green",
+    "failed": "bold red",
+    "crashed": "bold red",
+    "hung": "bold red",
+    "not_offered": "yellow",
+    "not_run": "yellow",
+}
 
 
 class Step(Protocol):
@@ -96,15 +103,16 @@ def print_report(report: Report, out: Console) -> None:
     if random_passed:
         out.print(f"and {random_passed} random cases passed")
     for row in report.results:
-        if row["status"] != FAILED:
+        if row["status"] not in BAD:
             continue
+        word = STATUS_WORDS[row["status"]]
         out.print()
-        out.print(f"[bold red]{escape(row['case'])}[/] on {escape(row['implementation'])}")
+        out.print(f"[bold red]{escape(row['case'])}[/] {word} on {escape(row['implementation'])}")
         out.print(f"  {escape(row['about'])}", soft_wrap=True)
         out.print(f"  {escape(row['detail'])}", soft_wrap=True)
     skipped: dict[tuple[str, str, str], list[str]] = {}
     for row in report.results:
-        if row["status"] != FAILED and row["detail"]:
+        if row["status"] not in BAD and row["detail"]:
             key = (STATUS_WORDS[row["status"]], row["implementation"], row["detail"])
             skipped.setdefault(key, []).append(row["case"])
     for (word, name, why), cases in skipped.items():

@@ -12,10 +12,11 @@ Call = Callable[[], object]
 
 # Written before every sample: several times the largest L2 (126 MB), so that no cache row survives.
 FLUSH_BYTES = 512 << 20
+WARM_UP = 3
 
 
 def measure(
-    calls: Mapping[str, Call], device: torch.device, samples: int, warm_up: int = 3
+    calls: Mapping[str, Call], device: torch.device, samples: int, warm_up: int = WARM_UP
 ) -> dict[str, list[float]]:
     """Microseconds of each call, `samples` times.
 
@@ -45,15 +46,53 @@ def _measure_cuda(calls: Mapping[str, Call], samples: int, warm_up: int) -> dict
         order = order[1:] + order[:1]
         for name, graph in order:
             flush.fill_(round_number % 251)
-            start = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
+            took = _between_events(graph.replay)
             if round_number >= warm_up:
-                times[name].append(start.elapsed_time(end) * 1e3)
+                times[name].append(took)
     return times
+
+
+class Sampler:
+    """One sample of a call whenever it is asked, for providers that take turns across processes.
+
+    `how` says what is timed: the replay of a CUDA graph, the call itself where it cannot be
+    captured (it syncs, or plans on the host), or wall clock on CPU.
+    """
+
+    def __init__(self, call: Call, device: torch.device) -> None:
+        self.call, self.device = call, device
+        self.how = "wall clock"
+        if device.type != "cuda":
+            call()
+            return
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+        try:
+            self.call = _capture(call).replay
+            self.how = "CUDA graph, L2 flushed"
+        except Exception:  # foreign code: a sync, an allocation, an assert on the host
+            torch.cuda.synchronize(device)
+            self.how = "not captured, with its host work, L2 flushed"
+        for _ in range(WARM_UP):
+            self()
+
+    def __call__(self) -> float:
+        """Microseconds."""
+        if self.device.type == "cuda":
+            self.flush.fill_(1)
+            return _between_events(self.call)
+        start = time.perf_counter()
+        self.call()
+        return (time.perf_counter() - start) * 1e6
+
+
+def _between_events(call: Call) -> float:
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) * 1e3
 
 
 def _capture(call: Call) -> torch.cuda.CUDAGraph:

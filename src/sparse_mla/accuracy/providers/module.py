@@ -1,4 +1,4 @@
-"""Adapters: what the gate can put on trial, behind one interface (`case.Implementation`)."""
+"""Any importable module with FlashMLA's function names, and what its packagings share."""
 
 from __future__ import annotations
 
@@ -9,51 +9,9 @@ from typing import Any
 
 import torch
 
-from .case import Inputs, NotOffered, Output, WriteInputs
-
-
-class Backend:
-    """A backend of this library, through its public functions."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def new_state(self) -> None:
-        return None
-
-    def run(self, inputs: Inputs, state: Any) -> Output:
-        import sparse_mla
-
-        if inputs.op == "decode":
-            out, lse = sparse_mla.decode(
-                inputs.q,
-                inputs.cache,
-                inputs.indices,
-                scale=inputs.scale,
-                topk_length=inputs.topk_length,
-                attn_sink=inputs.attn_sink,
-                extra_cache=inputs.extra_cache,
-                extra_indices=inputs.extra_indices,
-                extra_topk_length=inputs.extra_topk_length,
-                backend=self.name,
-            )
-            return Output(out, lse)
-        kv = bf16_rows(inputs)
-        out, max_logits, lse = sparse_mla.prefill(
-            inputs.q,
-            inputs.cache if kv is None else kv,
-            inputs.indices,
-            scale=inputs.scale,
-            topk_length=inputs.topk_length,
-            attn_sink=inputs.attn_sink,
-            backend=self.name,
-        )
-        return Output(out, lse, max_logits)
-
-    def write(self, inputs: WriteInputs) -> None:
-        inputs.cache.append(
-            inputs.latent, inputs.rope, inputs.slots, scale_rounding=inputs.scale_rounding
-        )
+from ...arch import Arch
+from ..case import Implementation, Inputs, NotOffered, Output, WriteInputs
+from .base import bf16_rows
 
 
 class ModuleProvider:
@@ -96,6 +54,8 @@ class ModuleProvider:
                 raise
             try:
                 output = self._attend(padded, state.padded)
+            except (NotOffered, NotImplementedError):
+                raise
             except Exception:
                 raise refusal from None
             reason = " ".join(f"{type(refusal).__name__}: {refusal}".split())[:120]
@@ -105,7 +65,7 @@ class ModuleProvider:
             return replace(
                 output,
                 out=output.out[..., :heads, :],
-                lse=output.lse[..., :heads],
+                lse=None if output.lse is None else output.lse[..., :heads],
                 max_logits=None if top is None else top[..., :heads],
                 padded=what,
                 note=note,
@@ -197,9 +157,27 @@ def pad(inputs: Inputs) -> tuple[Inputs, tuple[str, ...]]:
 FLASH_MLA_NAMES = ("flash_mla_with_kvcache", "flash_mla_sparse_fwd")
 
 
-def bf16_rows(inputs: Inputs) -> torch.Tensor | None:
-    """The cache as prefill's kv tensor [s_kv, 1, d_qk] bf16, a view; None if it is not one."""
-    cache = inputs.cache
-    if cache.layout.quantised or cache.page_size != 1:
-        return None
-    return cache.rows_view().view(torch.bfloat16)
+TITLE = "any module with FlashMLA's function names"
+PACKAGE = ""
+DISTRIBUTIONS: tuple[str, ...] = ()
+ARCHITECTURES: tuple[str, ...] = ()
+
+
+def load(name: str) -> Implementation:
+    return ModuleProvider(name)
+
+
+def supports(
+    provider: ModuleProvider | None, op: str, layout: str, machine: Arch
+) -> tuple[bool, str]:
+    """What the module's functions can be asked; the cases say whether it answers."""
+    if op == "kv_write":
+        return False, "FlashMLA's interface has no cache writer"
+    if op == "decode" and layout != "v32_fp8":
+        return False, "its sparse decode takes FP8 caches only"
+    if op == "prefill" and layout not in ("bf16", "bf16_nope"):
+        return False, "its sparse prefill takes bf16 rows only"
+    function = FLASH_MLA_NAMES[op == "prefill"]
+    if provider is not None and not hasattr(provider.module, function):
+        return False, f"has no {function}"
+    return True, function

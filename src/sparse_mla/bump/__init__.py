@@ -1,0 +1,1 @@
+"""Changing a pinned kernel with proof: compare, lock, verify, bisect, bump, report."""

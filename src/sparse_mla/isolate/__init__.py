@@ -1,0 +1,1 @@
+"""A provider in a process of its own: other interpreter, time limits, crashes that are results."""
