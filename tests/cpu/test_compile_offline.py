@@ -38,7 +38,8 @@ MEASURED = Path(sys.prefix) / "triton-3.6.0"
 def usages(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Usage]]]:
     """The selected builds, compiling side by side."""
     parameters = [getattr(item, "callspec", None) for item in request.session.items]
-    wanted = [p.params["build"] for p in parameters if p and "build" in p.params]
+    named = [p.params.get("build") for p in parameters if p]
+    wanted = [build for build in named if isinstance(build, Build)]
     with offline.pool() as threads:
         yield {build.name: threads.submit(build.compile) for build in wanted}
 
