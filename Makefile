@@ -27,8 +27,11 @@ $(MEASURED)/.installed: $(VENV)/.installed
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target $(MEASURED) triton==$(MEASURED_TRITON) && touch $@
 
+# Processes that share the tests, a file at a time.
+WORKERS ?= 2
+
 test: setup $(MEASURED)/.installed
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term
 
 kernel-usage: setup $(MEASURED)/.installed
 	$(BIN)/python tests/offline.py
