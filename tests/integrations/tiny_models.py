@@ -80,7 +80,7 @@ def tiny(kind: str, seed: int = 0, implementation: str = "eager", **changes: Any
     return model
 
 
-def steady(kind: str, **changes: Any) -> Any:
+def steady(kind: str, layers: int = 3, **changes: Any) -> Any:
     """A model whose selections do not flip: they depend on the embeddings alone.
 
     The first layer selects before any attention has run; GLM's other layers share its selection,
@@ -88,9 +88,10 @@ def steady(kind: str, **changes: Any) -> Any:
     negative, and tokens that score exactly 0 are tied.
     """
     changes = {"index_n_heads": 32, **changes}
-    if kind == "glm_moe_dsa":
-        return tiny(kind, indexer_types=["full", "shared", "shared"], **changes)
-    return tiny(kind, num_hidden_layers=1, **changes)
+    if kind == "deepseek_v32" or layers == 1:
+        return tiny(kind, num_hidden_layers=1, **changes)
+    types = ["full", *["shared"] * (layers - 1)]
+    return tiny(kind, num_hidden_layers=layers, indexer_types=types, **changes)
 
 
 def drawn(kind: str, seed: int) -> tuple[Any, dict[str, Any]]:

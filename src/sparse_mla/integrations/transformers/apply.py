@@ -1,8 +1,8 @@
 """Put the paged sparse attention into a model, and take it out again.
 
 transformers' own extension points carry it: an attention function and its mask are registered by
-name, caches are made of our layers, and a forward pre-hook of the decoder sees to the cache. The one
-method that is replaced, on the model's own attention modules, is `expand_kv`.
+name, caches are made of our layers, and a forward pre-hook of the decoder sees to the cache. The
+one method that is replaced, on the model's own attention modules, is `expand_kv`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
 import transformers
 from packaging.version import Version
 from torch import nn
@@ -81,7 +80,7 @@ def apply(
     if ATTRIBUTE in decoder.__dict__:
         raise ValueError("the model is patched already: restore(model) first")
     modules = _attention_modules(decoder, layout)
-    _check_backend(decoder, layout, len(modules) and modules[0].num_heads)
+    _check_backend(decoder, layout)
     settings = Settings(layout, page_size, own_attend if attend is None else attend)
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -123,7 +122,7 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
+def decoder_of(model: nn.Module) -> Any:
     """The one supported decoder in a model; ValueError if there is none, or more than one."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is {type(model).__name__}, must be a torch.nn.Module")
@@ -148,7 +147,7 @@ def _check_version() -> None:
         )
 
 
-def _attention_modules(decoder: nn.Module, layout: KVLayout) -> list[nn.Module]:
+def _attention_modules(decoder: Any, layout: KVLayout) -> list[Any]:
     """The decoder's attention modules, checked against the layout; nothing is changed."""
     config = decoder.config
     if layout.rope is None:
@@ -182,16 +181,18 @@ def _attention_modules(decoder: nn.Module, layout: KVLayout) -> list[nn.Module]:
     return modules
 
 
-def _check_backend(decoder: nn.Module, layout: KVLayout, heads: int) -> None:
+def _check_backend(decoder: Any, layout: KVLayout) -> None:
     device = next(decoder.parameters()).device
     if device.type == "meta":
         raise ValueError("the model is on the meta device, load its weights first")
-    request = dispatch.Request(op="decode", layout=layout.name, heads=heads)
+    request = dispatch.Request(
+        op="decode", layout=layout.name, heads=decoder.config.num_attention_heads
+    )
     dispatch.choose(request, arch.of(device))
 
 
 def _see_to_the_cache(
-    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before each forward: a cache that the decoder would make, or was given empty, is paged."""
     given = list(args)

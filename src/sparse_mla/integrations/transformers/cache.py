@@ -163,7 +163,7 @@ class PagedLayer(CacheLayerMixin):
         self.indexer_length = end
         return kept[:, :end] if self.max_length is None else kept[:, : self.max_length]
 
-    def get_seq_length(self) -> int | torch.Tensor:  # type: ignore[override]
+    def get_seq_length(self) -> int | torch.Tensor:
         return self.length if self.position is None else self.position
 
     def get_max_length(self) -> int:
@@ -174,6 +174,8 @@ class PagedLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens. Zero or negative, as transformers counts them."""
+        # Assisted generation counts on the device.
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0 or -tokens_to_remove > self.length:
             raise ValueError(
                 f"tokens_to_remove is {tokens_to_remove}, must be from -{self.length} to 0"
@@ -233,9 +235,9 @@ class PagedLayer(CacheLayerMixin):
         given = latent.shape[-1], rope.shape[-1]
         if latent.shape[1] != 1 or given != widths:
             raise ValueError(
-                f"the layer's states are {tuple(latent.shape)} and {tuple(rope.shape)}, {layout.name}"
-                f" takes latents [b, 1, s, {widths[0]}] and rotated keys [b, 1, s, {widths[1]}]: is "
-                "the model patched?"
+                f"the layer's states are {tuple(latent.shape)} and {tuple(rope.shape)}, must be "
+                f"latents [b, 1, s, {widths[0]}] and rotated keys [b, 1, s, {widths[1]}] for "
+                f"{layout.name}: is the model patched?"
             )
         if self.is_initialized and latent.shape[0] != self.batch_size:
             raise ValueError(
@@ -310,10 +312,15 @@ class PagedCache(Cache):
         return sum(pool.num_pages * pool.pages.stride(0) for pool in pools)
 
 
-_EMPTY = {DynamicLayer: False, DynamicIndexedLayer: False, StaticLayer: True, StaticIndexedLayer: True}
+_EMPTY = {
+    DynamicLayer: False,
+    DynamicIndexedLayer: False,
+    StaticLayer: True,
+    StaticIndexedLayer: True,
+}
 
 
-def adopt(cache: Any, decoder: nn.Module) -> None:
+def adopt(cache: Any, decoder: Any) -> None:
     """Give an empty cache of transformers' own paged layers, in place: its owner keeps the object.
 
     Raises:

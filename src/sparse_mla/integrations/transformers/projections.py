@@ -10,11 +10,13 @@ act on one vector per query token and head instead of one per cached token and h
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 
-def expansion_weight(kv_b_proj: nn.Module, rank: int, dtype: torch.dtype) -> torch.Tensor:
+def expansion_weight(kv_b_proj: Any, rank: int, dtype: torch.dtype) -> torch.Tensor:
     """The matrix that `kv_b_proj` multiplies latents by, [heads * (nope + v), rank].
 
     A plain linear layer's own weight. Anything else (an adapter, merged or not, a quantised
@@ -30,7 +32,7 @@ def expansion_weight(kv_b_proj: nn.Module, rank: int, dtype: torch.dtype) -> tor
 
 
 def split_weight(
-    attention: nn.Module, rank: int, dtype: torch.dtype
+    attention: Any, rank: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(W_UK [heads, nope, rank], W_UV [heads, v, rank]) of an attention module, views."""
     nope, width = attention.qk_nope_head_dim, attention.v_head_dim
