@@ -1,4 +1,4 @@
-"""GLM-5 and DeepSeek-V3.2 of transformers on a GPU: logits, generation, a decode step as a graph."""
+"""transformers models on a GPU: logits, generation, a decode step as a CUDA graph."""
 
 from __future__ import annotations
 
