@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra [transformers])")
 
+import transformers
 from tiny_models import (
     BF16,
     E4M3,
@@ -28,7 +30,7 @@ from tiny_models import (
 )
 from transformers import DynamicCache, StaticCache
 
-from sparse_mla.integrations.transformers import PagedCache, apply, restore
+from sparse_mla.integrations.transformers import PagedCache, apply
 from sparse_mla.integrations.transformers.cache import PagedLayer
 
 PADDING, PROMPT, NEW = [0, 4], 30, 12
@@ -259,12 +261,28 @@ def test_rows_can_be_repeated_and_selected() -> None:
     assert rel_l2(got, want) <= BF16
 
 
-def test_pages_are_what_the_layout_says() -> None:
-    """656 bytes per token and layer, in whole pages, against transformers' own cache."""
-    model = steady("glm_moe_dsa")
+@pytest.mark.parametrize("layout", ["bf16", "v32_fp8"])
+def test_memory_in_the_shape_of_glm5(layout: str) -> None:
+    """Bytes per token and layer, measured on both sides: GLM-5's heads, few other weights."""
+    model = steady(
+        "glm_moe_dsa",
+        num_attention_heads=64,
+        num_key_value_heads=64,
+        qk_nope_head_dim=192,
+        v_head_dim=256,
+    ).bfloat16()
     ids, mask = padded_batch([0, 0], 64)
-    apply(model, "v32_fp8", 16)
-    past = PagedCache(model)
-    run(model, ids, mask, [64], past_key_values=past)
-    assert past.nbytes == 656 * 2 * 64 * model.config.num_hidden_layers
-    restore(model)
+    tokens = 2 * 64 * model.config.num_hidden_layers
+    theirs = DynamicCache(config=model.config)
+    run(model, ids, mask, [60, 4], past_key_values=theirs)
+    per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in theirs.layers) / tokens
+    apply(model, layout, 16)
+    ours = PagedCache(model)
+    run(model, ids, mask, [60, 4], past_key_values=ours)
+    assert ours.nbytes / tokens == {"bf16": 1152, "v32_fp8": 656}[layout]
+    if Version(transformers.__version__) < Version("5.18"):
+        assert per_token == 65536
+        assert per_token >= 50 * ours.nbytes / tokens
+    else:
+        # Later versions cache the latents in bf16, and expand all of them at every step.
+        assert per_token == 1152
