@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -125,6 +126,29 @@ def test_an_error_while_patching_is_undone(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(RuntimeError, match="no"):
         apply(model)
     assert state(model) == before
+
+
+def test_a_copy_is_patched_on_its_own() -> None:
+    model = steady("glm_moe_dsa")
+    before = state(model)
+    ids, mask = padded_batch([0], 20)
+    plain = run(model, ids, mask, None)
+    paged = run(apply(model), ids, mask, None)
+    twin = copy.deepcopy(model)
+    restore(twin)
+    assert state(twin) == before
+    assert torch.equal(run(twin, ids, mask, [20]), plain)
+    assert torch.equal(run(model, ids, mask, [20]), paged)
+    restore(model)
+    assert state(model) == before
+
+
+def test_no_gradient_is_made_up() -> None:
+    model = apply(steady("glm_moe_dsa"))
+    ids, _ = padded_batch([0], 8)
+    loss = model(ids, labels=ids, use_cache=False).loss
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        loss.backward()
 
 
 def test_context_past_the_cache() -> None:

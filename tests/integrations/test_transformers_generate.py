@@ -241,6 +241,17 @@ def test_a_prefix_can_be_copied_and_continued() -> None:
     assert prefix.length == 30
 
 
+def test_a_cache_can_be_reset_for_another_batch() -> None:
+    model = apply(steady("glm_moe_dsa"), "v32_fp8", 16)
+    past = PagedCache(model)
+    for padding in ([0, 3], [1], [0, 0, 5]):
+        ids, mask = padded_batch(padding, 20)
+        want = run(model, ids, mask, [15, 5])
+        assert torch.equal(run(model, ids, mask, [15, 5], past_key_values=past), want)
+        past.reset()
+        assert past.length == 0
+
+
 def test_rows_can_be_repeated_and_selected() -> None:
     model = apply(steady("glm_moe_dsa"), "v32_fp8", 4)
     ids, mask = padded_batch([0, 3], 30)

@@ -183,6 +183,11 @@ class PagedLayer(CacheLayerMixin):
         self._set_length(self.length + tokens_to_remove)
 
     def reset(self) -> None:
+        """Forget everything; pages of a fixed length stay where they are."""
+        if self.max_length is None:
+            self.pool = self.indexer_keys = None
+            self.pages = 0
+            self.is_initialized = False
         self._set_length(0)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

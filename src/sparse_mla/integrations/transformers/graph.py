@@ -87,12 +87,12 @@ class DecodeGraph:
                 self._rewind(lengths)
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self.graph):
-            self.output = self._forward()
-        # The capture only recorded: the device's position has not moved.
-        for layer in layers:
-            layer.length -= tokens
-            layer.indexer_length -= tokens if layer.indexer_keys is not None else 0
+        try:
+            with torch.no_grad(), torch.cuda.graph(self.graph):
+                self.output = self._forward()
+        finally:
+            # The capture only recorded: no token was written.
+            self._rewind(lengths)
 
     def step(self, input_ids: torch.Tensor) -> DecodeStep:
         """Append the tokens [b, tokens] and return their logits.
