@@ -86,8 +86,8 @@ def decode(model: Any, arguments: argparse.Namespace) -> None:
     tokens = torch.randint(2, 1000, (batch, 1), device="cuda")
     sides: dict[str, Callable[[], Cache]] = {
         "sdpa, dynamic cache": lambda: DynamicCache(config=model.config),
-        "sdpa, static cache": lambda: StaticCache(config=model.config, max_cache_len=room),
         "paged": lambda: PagedCache(model, room),
+        "sdpa, static cache": lambda: StaticCache(config=model.config, max_cache_len=room),
     }
     want: torch.Tensor | None = None
     tape: dict[str, Any] = {}
@@ -116,7 +116,8 @@ def decode(model: Any, arguments: argparse.Namespace) -> None:
             say(what="decode", side=side, error=str(error_).splitlines()[0])
         cache = step = None  # type: ignore[assignment]
         torch.cuda.empty_cache()
-    restore(model)
+        if side == "paged":
+            restore(model)
 
 
 def prefill(model: Any, arguments: argparse.Namespace) -> None:

@@ -36,7 +36,7 @@ LAYOUTS = ("bf16", "v32_fp8")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_differ_by_rounding(kind: str, seed: int, layout: str) -> None:
     """As on the CPU. The kernels round weights to bf16 too, which is of the output's size."""
@@ -169,7 +169,8 @@ def test_full_size_layer_of_glm5() -> None:
         "max_position_embeddings": 4096,
         "initializer_range": 0.02,
     }
-    model, exact = (tiny("glm_moe_dsa", **sizes).cuda() for _ in range(2))
+    with torch.device("cuda"):
+        model, exact = (tiny("glm_moe_dsa", **sizes) for _ in range(2))
     exact.load_state_dict(model.bfloat16().state_dict())
     ids, mask = (x.cuda() for x in padded_batch([0, 300], 1200))
     lengths = [1150, 1, 49]
