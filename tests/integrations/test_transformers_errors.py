@@ -93,7 +93,7 @@ def test_missing_layers(kind: str) -> None:
 def test_arguments() -> None:
     model = tiny("glm_moe_dsa")
     refused(model, "layout is 'fp8', allowed: v32_fp8", layout="fp8")
-    refused(model, "layout is bf16_nope, must have a separate RoPE part", layout="bf16_nope")
+    refused(model, "layout is 'bf16_nope', allowed: v32_fp8, bf16", layout="bf16_nope")
     for size in (0, -1, 2.5, True, "64"):
         refused(model, "page_size is .*, must be an integer >= 1", page_size=size)
     refused(model, "attend is 'cpu', must be callable", attend="cpu")

@@ -38,6 +38,9 @@ OLDEST, NEWEST = "5.17", "5.23"
 
 NAME = "sparse_mla"
 
+# Layouts of a latent with a RoPE part beside it, whose scales are all stored with the token.
+LAYOUTS = ("v32_fp8", "bf16")
+
 _DECODERS = {GlmMoeDsaModel: GlmMoeDsaAttention, DeepseekV32Model: DeepseekV32Attention}
 _UNDO = "_sparse_mla_undo"
 
@@ -56,7 +59,7 @@ def apply(
 
     Args:
         model: the model, its decoder, or something that contains one of them (a PeftModel).
-        layout: the cache's layout, with 512 latent values and 64 RoPE values.
+        layout: the cache's layout, "v32_fp8" or "bf16".
         page_size: tokens per page.
         attend: the attention itself, to try another kernel: takes q [b, s_q, h, 576] bf16, the
             KVCache, indices [b, s_q, topk] int32 and the scale, returns [b, s_q, h, 512] bf16.
@@ -72,6 +75,8 @@ def apply(
     """
     _check_version()
     layout = get_layout(layout)
+    if layout.name not in LAYOUTS:
+        raise ValueError(f"layout is {layout.name!r}, allowed: {', '.join(LAYOUTS)}")
     if type(page_size) is not int or page_size < 1:
         raise ValueError(f"page_size is {page_size!r}, must be an integer >= 1")
     if attend is not None and not callable(attend):
@@ -150,12 +155,8 @@ def _check_version() -> None:
 def _attention_modules(decoder: Any, layout: KVLayout) -> list[Any]:
     """The decoder's attention modules, checked against the layout; nothing is changed."""
     config = decoder.config
-    if layout.rope is None:
-        raise ValueError(f"layout is {layout.name}, must have a separate RoPE part")
-    for name, width in (
-        ("kv_lora_rank", layout.latent.count),
-        ("qk_rope_head_dim", layout.rope.count),
-    ):
+    rope = layout.d_qk - layout.latent.count
+    for name, width in (("kv_lora_rank", layout.latent.count), ("qk_rope_head_dim", rope)):
         if getattr(config, name) != width:
             raise ValueError(f"{name} is {getattr(config, name)}, layout {layout.name} has {width}")
     if config.num_attention_heads > MAX_HEADS:
