@@ -83,6 +83,22 @@ def test_logits_follow_the_adapter(kind: str, targets: list[str], dora: bool) ->
     restore(merged)
 
 
+@pytest.mark.filterwarnings("ignore:.*lora_bias")
+def test_biases_of_an_adapter() -> None:
+    """A bias of kv_b_proj: the softmax drops the keys', the values' reaches the output."""
+    model, reference = (adapted("glm_moe_dsa", lora_bias=True) for _ in range(2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name and name.endswith("bias"):
+                parameter.normal_()
+    reference.load_state_dict(model.state_dict())
+    ids, mask = padded_batch([0, 7], 50)
+    want = run(reference, ids, mask, None)
+    bound = rounding_bound(lambda: run(reference, ids, mask, None), reference, want, noise(BF16))
+    apply(model, "bf16")
+    assert rel_l2(run(model, ids, mask, None), want) <= bound
+
+
 def test_generate_through_an_adapter_that_came_later() -> None:
     reference = adapted("glm_moe_dsa")
     plain = apply(steady("glm_moe_dsa"), "bf16")
@@ -106,7 +122,7 @@ def test_a_stale_copy_of_the_weight_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
     want = run(model, ids, mask, None)
     bound = rounding_bound(lambda: run(model, ids, mask, None), model, want, noise(BF16))
     apply(model, "bf16")
-    right = attention.split_weight
+    right = attention.expansion
 
     def stale(module: Any, rank: int, dtype: torch.dtype) -> Any:
         kept, module.kv_b_proj = module.kv_b_proj, module.kv_b_proj.base_layer
@@ -114,5 +130,5 @@ def test_a_stale_copy_of_the_weight_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
         module.kv_b_proj = kept
         return parts
 
-    monkeypatch.setattr(attention, "split_weight", stale)
+    monkeypatch.setattr(attention, "expansion", stale)
     assert rel_l2(run(model, ids, mask, None), want) > 3 * bound

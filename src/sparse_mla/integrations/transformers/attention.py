@@ -11,7 +11,7 @@ from ...kv_cache import KVCache
 from ...ops.sparse_decode.interface import decode
 from ...ops.sparse_prefill.interface import prefill
 from .cache import PagedLayer
-from .projections import absorb, expand, split_weight
+from .projections import absorb, expand, expansion
 from .settings import settings_of
 
 # From this many query tokens per sequence on, bf16 caches go to the prefill op: below it lists are
@@ -85,7 +85,6 @@ def attention_forward(
         raise ValueError("the cache is empty, it must be updated first")
     visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
     slots = key.slots(indices, visible)
-    rank = settings.layout.latent.count
-    w_uk, w_uv = split_weight(module, rank, query.dtype)
-    out = settings.attend(absorb(query, w_uk), key.pool, slots, scaling)
-    return expand(out, w_uv, query.dtype), None
+    matrices = expansion(module, settings.layout.latent.count, query.dtype)
+    out = settings.attend(absorb(query, matrices), key.pool, slots, scaling)
+    return expand(out, matrices, query.dtype), None
