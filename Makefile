@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 HAS_TORCH := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes)
 
-.PHONY: setup check test test-transformers kernel-usage lint bench tables report clean
+.PHONY: setup check test test-transformers kernel-usage sanitize lint bench tables report clean
 
 setup: $(VENV)/.installed
 
@@ -51,6 +51,10 @@ test-transformers: $(VENV)/.transformers
 kernel-usage: setup $(MEASURED)/.installed
 	$(BIN)/python tests/offline.py
 	PYTHONPATH=$(MEASURED) $(BIN)/python tests/offline.py
+
+# compute-sanitizer over one case of each kernel; needs a GPU and the CUDA toolkit.
+sanitize: setup
+	$(BIN)/python tests/sanitize.py
 
 lint: setup
 	$(BIN)/ruff check .
