@@ -194,8 +194,10 @@ def supports(
     """What the module's functions can be asked; the cases say whether it answers."""
     if op == "kv_write":
         return False, "FlashMLA's interface has no cache writer"
-    if op == "decode" and layout not in ("v32_fp8", "v4_fp8"):
-        return False, "its sparse decode takes the FP8 caches of DeepSeek V3.2 and V4 only"
+    if op == "decode" and layout in ("bf16", "bf16_nope"):
+        return False, "its sparse decode takes FP8 caches only"
+    if op == "decode" and layout not in BY_WIDTH:
+        return False, "its sparse decode tells layouts by q's width: v32_fp8 and v4_fp8"
     if op == "prefill" and layout not in ("bf16", "bf16_nope"):
         return False, "its sparse prefill takes bf16 rows only"
     function = FLASH_MLA_NAMES[op == "prefill"]
