@@ -91,6 +91,20 @@ def pad_byte(patch: pytest.MonkeyPatch) -> None:
     reader(patch, change)
 
 
+def inline(patch: pytest.MonkeyPatch) -> None:
+    def change(mine: cpu_rows.RowReader, cache: KVCache) -> None:
+        if mine.footers is None:
+            return
+        layout, width = cache.layout, cache.layout.bytes_per_token
+        for table, first in ((mine.rows, 0), (mine.footers, layout.row_bytes)):
+            items = table.items
+            start = cache.pages.storage_offset() + first
+            table.items = items.as_strided(items.shape, (items.stride(0), width, 1), start)
+            table.words = None
+
+    reader(patch, change)
+
+
 def sources(patch: pytest.MonkeyPatch, change: Callable[[list[Source]], list[Source]]) -> None:
     right = cpu.run
 
@@ -118,6 +132,7 @@ def lengths(patch: pytest.MonkeyPatch) -> None:
         ("nibbles_swapped", nibbles, "decode/layout/nvfp4_bf16_rope"),
         ("ue8m0_bias", ue8m0, "decode/layout/v4_fp8"),
         ("outer_scale_forgotten", outer, "decode/layout/glm53_nope_nvfp4"),
+        ("planar_as_inline", inline, "decode/layout/v41_fp8_planar"),
         ("page_padding_ignored", padding, "decode/layout/v4_fp8"),
         ("scale_table_off_by_pad", pad_byte, "decode/layout/v4_fp8"),
         ("extra_cache_ignored", no_extra, "decode/extra/v4_fp8+v4_fp8"),

@@ -61,7 +61,7 @@ class Draw:
         full: every slot holds a token, nothing is poison: wrong reads give numbers, which tell
             more about themselves than NaN.
         extra: decode only: the second cache.
-        strided: q is a slice of a larger tensor, indices a slice of longer rows; what lies
+        strided: q is a slice of a larger tensor, indices are slices of longer rows; what lies
             beside them is NaN and valid-looking indices.
     """
 
@@ -377,9 +377,11 @@ def draw(spec: Draw, seed: int, name: str, device: torch.device) -> Inputs:
         keys = torch.cat([keys, extra.keys])
         extra_lengths = cycle(beside.lengths, spec.b, torch.int32)
         lists = _lists(other, extra, extra_lengths, g).view(spec.b, spec.s_q, beside.topk)
+        if spec.strided:
+            lists = _wide_lists(lists, int(extra.live[0]))
         extras = {
             "extra_cache": extra.cache,
-            "extra_indices": lists.to(device),
+            "extra_indices": move(lists, device),
             "extra_topk_length": None if extra_lengths is None else extra_lengths.to(device),
         }
     q = fit_queries(q, keys, spec, layout)
@@ -387,7 +389,7 @@ def draw(spec: Draw, seed: int, name: str, device: torch.device) -> Inputs:
     q = q.view(*shape, spec.h, layout.d_qk)
     indices = indices.view(*shape, spec.topk)
     if spec.strided:
-        q, indices = _strided(q, indices, int(made.live[0]))
+        q, indices = _wide_queries(q), _wide_lists(indices, int(made.live[0]))
     sink = cycle(spec.sink, spec.h, torch.float32)
     return Inputs(
         op=spec.op,
@@ -444,16 +446,20 @@ def move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return flat.as_strided(x.shape, x.stride())
 
 
-def _strided(
-    q: torch.Tensor, indices: torch.Tensor, valid: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same numbers as slices of larger tensors whose other entries are poison."""
+def _wide_queries(q: torch.Tensor) -> torch.Tensor:
+    """The same queries as a slice of a larger tensor whose other entries are NaN."""
     *lead, h, d = q.shape
-    wide_q = torch.full((*lead, h + 3, d + 64), float("nan"), dtype=q.dtype)
-    wide_q[..., :h, :d] = q
-    wide_i = torch.full((*indices.shape[:-1], indices.shape[-1] + 37), valid, dtype=torch.int32)
-    wide_i[..., : indices.shape[-1]] = indices
-    return wide_q[..., :h, :d], wide_i[..., : indices.shape[-1]]
+    wide = torch.full((*lead, h + 3, d + 64), float("nan"), dtype=q.dtype)
+    wide[..., :h, :d] = q
+    return wide[..., :h, :d]
+
+
+def _wide_lists(indices: torch.Tensor, valid: int) -> torch.Tensor:
+    """The same lists as slices of longer ones that go on with a valid index."""
+    width = indices.shape[-1]
+    wide = torch.full((*indices.shape[:-1], width + 37), valid, dtype=torch.int32)
+    wide[..., :width] = indices
+    return wide[..., :width]
 
 
 def _none(g: torch.Generator, x: torch.Tensor, slots: int) -> torch.Tensor:

@@ -301,6 +301,13 @@ SPECIAL_CASES: tuple[Case, ...] = (
         page_size=16,
     ),
     _case(
+        "decode/offsets/v4_fp8",
+        "tokens either side of 2^31 and 2^32 bytes, scales after each page's rows",
+        _OVERFLOW,
+        _overflow,
+        layout="v4_fp8",
+    ),
+    _case(
         "prefill/offsets/bf16",
         "rows either side of 2^31 and 2^32 bytes",
         _OVERFLOW,

@@ -89,7 +89,7 @@ def _write_case(
         rope = normal(g, n, 64).to(device, dtype) if fields.rope else None
         if past_2gib:
             cache = large_cache(layout, page_size, None, device)
-            at = torch.tensor([2**31, 2**32]) // cache.token_stride
+            at = torch.tensor([2**31, 2**32]) * cache.page_size // cache.pages.stride(0)
             slots = torch.cat([at[0] + torch.arange(n // 2), at[1] + torch.arange(n - n // 2)])
             slots = slots[torch.randperm(n, generator=g)] - 8
         else:
@@ -160,6 +160,15 @@ def _layout_cases() -> list[Case]:
                     n=24,
                 )
             )
+    cases.append(
+        _write_case(
+            "layout/v4_fp8/offsets",
+            "v4_fp8: slots either side of 2^31 and 2^32 bytes",
+            ("writer_slot_off_by_page", "writer_int32_overflow"),
+            layout="v4_fp8",
+            past_2gib=True,
+        )
+    )
     return cases
 
 

@@ -171,6 +171,7 @@ def _pairs() -> list[Case]:
                 holes="random",
                 lengths=(70, 12, 50),
                 sink=(0.5, -1.0),
+                strided=True,
                 extra=Extra(
                     extra,
                     topk=65,
