@@ -18,7 +18,6 @@ PAIR = 128  # tokens per step
 # With batch_invariant=True every list is cut into parts of this many pairs.
 INVARIANT_PAIRS = 4
 MAX_SPLITS = 64
-LAYOUTS = ("v4_fp8",)
 
 
 @dataclass(frozen=True)
@@ -78,14 +77,31 @@ def attend(
     scale: float,
     num_splits: int,
     batch_invariant: bool,
+    want_max: bool = False,
     launch: Launch = LAUNCH,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of q [b, s_q, h, 512] bf16 over one or two caches; see interface.decode."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Attention of q [b, s_q, h, 512] bf16 over one or two caches; see interface.decode.
+
+    Args:
+        num_splits: parts that each item is cut into; 0 chooses by shape, or by the lengths.
+        want_max: also return max_logits; num_splits must be 1 then.
+
+    Returns:
+        out [b, s_q, h, 512] bf16, lse [b, s_q, h] float32 natural, and max_logits like lse.
+    """
+    for source in sources:
+        if source.cache.alignment < 16:
+            raise ValueError(
+                f"a cache is aligned to {source.cache.alignment} bytes, the kernel needs 16"
+            )
+    if want_max and num_splits != 1:
+        raise ValueError(f"num_splits is {num_splits}, max_logits needs 1")
     b, s_q, heads, _ = q.shape
     out = torch.empty(b, s_q, heads, 512, dtype=torch.bfloat16, device=q.device)
     lse = torch.empty(b, s_q, heads, dtype=torch.float32, device=q.device)
+    max_logits = torch.empty_like(lse) if want_max else None
     if out.numel() == 0:
-        return out, lse
+        return out, lse, max_logits
     if q.data_ptr() % 16 or any(stride % 8 for stride in q.stride()[:-1]):
         q = q.contiguous()
     main, extra = sources[0], sources[-1]
@@ -125,6 +141,7 @@ def attend(
             attn_sink,
             out,
             lse,
+            max_logits,
             parts,
             parts_lse,
             meta,
@@ -168,7 +185,7 @@ def attend(
                 num_warps=4,
                 launch_pdl=True,
             )
-    return out, lse
+    return out, lse, max_logits
 
 
 def words(cache: KVCache) -> torch.Tensor:

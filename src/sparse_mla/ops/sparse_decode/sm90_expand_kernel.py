@@ -28,13 +28,11 @@ from ..sparse_prefill.sm90_kernel import (
 from .sm90_expand_fill_kernel import RING, Pages, Ring, fill, resolve
 from .sm90_expand_plan_kernel import (
     Shape,
-    Work,
     entries,
     pair_count,
     plan_balanced,
     plan_by_shape,
 )
-
 
 # Accumulators: with sixteen warps ptxas has no registers for instructions of 256 columns.
 OUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
@@ -67,6 +65,7 @@ def attend_half(
     sink_ptr,
     out_ptr,
     lse_ptr,
+    max_ptr,
     parts_ptr,
     parts_lse_ptr,
     scale_log2,
@@ -104,18 +103,16 @@ def attend_half(
                 )
                 factor = factor * sink_factor(lse, sink)
             acc = acc * gl.convert_layout(factor, OUT_ROWS)[:, None]
-            store_whole(
-                acc, values.index(1), out_ptr + shape.row(which) * 512, heads, 256 * HALF
-            )
+            store_whole(acc, values.index(1), out_ptr + shape.row(which) * 512, heads, 256 * HALF)
             if HALF == 0:
                 gl.store(lse_ptr + shape.row(which) + rows, lse, mask=rows < heads)
+                if max_ptr is not None:
+                    gl.store(max_ptr + shape.row(which) + rows, base * LN2, mask=rows < heads)
         else:
             acc = acc * gl.convert_layout(factor, OUT_ROWS)[:, None]
             out_rows = gl.arange(0, TILE, layout=OUT_ROWS)[:, None]
             columns = gl.arange(0, 256, layout=OUT_COLUMNS)[None, :] + 256 * HALF
-            gl.store(
-                parts_ptr + slot.to(gl.int64) * (64 * 512) + (out_rows * 512 + columns), acc
-            )
+            gl.store(parts_ptr + slot.to(gl.int64) * (64 * 512) + (out_rows * 512 + columns), acc)
             if HALF == 0:
                 gl.store(parts_lse_ptr + slot * 64 + rows, lse)
         barrier()
@@ -162,6 +159,7 @@ def attend_half(
         "extra_lengths_ptr",
         "sink_ptr",
         "lse_ptr",
+        "max_ptr",
     ],
 )
 def attend(
@@ -175,6 +173,7 @@ def attend(
     sink_ptr,  # [heads] float32, or None
     out_ptr,  # [b * s_q, heads, 512] bf16
     lse_ptr,  # [b * s_q, heads] float32, natural
+    max_ptr,  # [b * s_q, heads] float32, natural, or None; only where no item is cut
     parts_ptr,  # [slots, 64, 512] float32: items that are cut
     parts_lse_ptr,  # [slots, 64] float32, log2
     meta_ptr,  # [programs, 4] int32, see plan_balanced; None where the plan is by shape
@@ -216,9 +215,7 @@ def attend(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     barriers: gl.constexpr = mbarrier.MBarrierLayout()
     BALANCED: gl.constexpr = meta_ptr is not None
-    shape = Shape(
-        s_q, heads, head_blocks, topk, extra_topk, items, whole, splits, split_pairs
-    )
+    shape = Shape(s_q, heads, head_blocks, topk, extra_topk, items, whole, splits, split_pairs)
     if BALANCED:
         work = plan_balanced(shape, lengths_ptr, extra_lengths_ptr, meta_ptr)
     else:
@@ -304,6 +301,7 @@ def attend(
                     sink_ptr,
                     out_ptr,
                     lse_ptr,
+                    max_ptr,
                     parts_ptr,
                     parts_lse_ptr,
                     scale_log2,
@@ -323,6 +321,7 @@ def attend(
                     sink_ptr,
                     out_ptr,
                     lse_ptr,
+                    max_ptr,
                     parts_ptr,
                     parts_lse_ptr,
                     scale_log2,

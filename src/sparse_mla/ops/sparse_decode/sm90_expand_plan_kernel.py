@@ -206,9 +206,7 @@ def plan_balanced(shape, lengths, extra_lengths, meta_ptr):
     idle = pid >= programs
     begin, start, _ = find(shape, lengths, extra_lengths, gl.where(idle, 0, first))
     # A beginning alone at the end of the share is left to the next program.
-    final, final_start, pairs = find(
-        shape, lengths, extra_lengths, gl.where(idle, 0, last - 2)
-    )
+    final, final_start, pairs = find(shape, lengths, extra_lengths, gl.where(idle, 0, last - 2))
     finish = final_start + pairs + 1
     split = (last < finish) & (first <= final_start + 1) & (idle == 0)
     owner = ((finish.to(gl.int64) * programs - 1) // wide).to(gl.int32)
