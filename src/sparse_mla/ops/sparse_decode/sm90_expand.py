@@ -36,9 +36,10 @@ class Launch:
     right_registers: int
     fill_registers: int
     resolve_registers: int
+    prefetch: bool = True
 
 
-LAUNCH = Launch(True, 3, 208, 64, 32)
+LAUNCH = Launch(True, 3, 200, 72, 32)
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,14 @@ def attend(
     batch_invariant: bool,
     want_max: bool = False,
     launch: Launch = LAUNCH,
+    balanced: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Attention of q [b, s_q, h, 512] bf16 over one or two caches; see interface.decode.
 
     Args:
         num_splits: parts that each item is cut into; 0 chooses by shape, or by the lengths.
         want_max: also return max_logits; num_splits must be 1 then.
+        balanced: which plan, see sm90_expand_plan_kernel; None chooses.
 
     Returns:
         out [b, s_q, h, 512] bf16, lse [b, s_q, h] float32 natural, and max_logits like lse.
@@ -113,7 +116,8 @@ def attend(
     pairs = max(1, triton.cdiv(triton.cdiv(topk, 64) + triton.cdiv(extra_topk, 64), 2))
     multiprocessors = arch.of(q.device).multiprocessors
     lengths = main.lengths is not None or extra_lengths is not None
-    balanced = lengths and pairs > 1 and not num_splits and not batch_invariant
+    if balanced is None:
+        balanced = lengths and pairs > 1 and not num_splits and not batch_invariant
     meta = None
     if balanced:
         programs = min(multiprocessors, items * pairs)
@@ -163,6 +167,7 @@ def attend(
             EXTRA=len(sources) > 1,
             ROUNDED_SUMS=launch.rounded_sums,
             AHEAD=launch.ahead,
+            PREFETCH=launch.prefetch,
             RIGHT_REGISTERS=launch.right_registers,
             FILL_REGISTERS=launch.fill_registers,
             RESOLVE_REGISTERS=launch.resolve_registers,

@@ -226,13 +226,14 @@ def prefetch(kv, rows, footers, ok):
 
 
 @gluon.jit
-def push(kv, pages, line, entry, limit, ring, at, phase):
+def push(kv, pages, line, entry, limit, ring, at, phase, PREFETCH: gl.constexpr):
     """Resolve a tile, entries `entry` and following of a list, into place `at` of the ring."""
     rows = entry + gl.arange(0, TILE, layout=SLOTS)
     slots = gl.load(line + rows, mask=rows < limit, other=-1)
     ok = (slots >= 0) & (slots <= pages.last_slot)
     rows, footers = locate(kv, pages, gl.where(ok, slots, 0))
-    prefetch(kv, rows, footers, ok)
+    if PREFETCH:
+        prefetch(kv, rows, footers, ok)
     mbarrier.wait(ring.free.index(at), phase ^ 1)
     words = gl.arange(0, 2, layout=gl.SliceLayout(0, RESOLVE))
     from_footer = gl.max_contiguous(
@@ -262,7 +263,7 @@ def copy_query(shape, shared, q_ptr, which, stride_b, stride_s, stride_h, item_p
 @gluon.jit
 def resolve(
     shape, work, shared, ring, main, extra, lengths, extra_lengths, q_ptr, kv,
-    q_stride_b, q_stride_s, q_stride_h, EXTRA: gl.constexpr, BALANCED: gl.constexpr,
+    q_stride_b, q_stride_s, q_stride_h, EXTRA: gl.constexpr, BALANCED: gl.constexpr, PREFETCH: gl.constexpr,
 ):  # fmt: skip
     """Resolve the tiles of all items, and copy each item's Q."""
     start = work.start
@@ -284,12 +285,12 @@ def resolve(
             phase = (pushed // RING) & 1
             if EXTRA:
                 if tile < in_main:
-                    push(kv, main, main.line(b, s), tile * TILE, limit, ring, at, phase)
+                    push(kv, main, main.line(b, s), tile * TILE, limit, ring, at, phase, PREFETCH)
                 else:
                     entry = (tile - in_main) * TILE
-                    push(kv, extra, extra.line(b, s), entry, extra_limit, ring, at, phase)
+                    push(kv, extra, extra.line(b, s), entry, extra_limit, ring, at, phase, PREFETCH)
             else:
-                push(kv, main, main.line(b, s), tile * TILE, limit, ring, at, phase)
+                push(kv, main, main.line(b, s), tile * TILE, limit, ring, at, phase, PREFETCH)
             if tile == query_at:
                 copy_query(
                     shape, shared, q_ptr, which, q_stride_b, q_stride_s, q_stride_h, item_phase
@@ -297,7 +298,7 @@ def resolve(
             pushed += 1
         item_phase ^= 1
     # `fill` looks one tile ahead.
-    push(kv, main, main.lists, 0, 0, ring, pushed % RING, (pushed // RING) & 1)
+    push(kv, main, main.lists, 0, 0, ring, pushed % RING, (pushed // RING) & 1, PREFETCH)
 
 
 @gluon.jit
