@@ -25,12 +25,14 @@ class Launch:
     """How `sm90_expand_kernel.attend` is launched.
 
     Attributes:
+        heads: heads of an item.
         rounded_sums: divide by the sum of the rounded weights instead of the exact sum.
         ahead: units of 64 dims that are loaded before they are needed.
         right_registers, fill_registers, resolve_registers: per thread of the worker warps; the
             default ones get what is left of 512.
     """
 
+    heads: int
     rounded_sums: bool
     ahead: int
     right_registers: int
@@ -39,7 +41,16 @@ class Launch:
     prefetch: bool = True
 
 
-LAUNCH = Launch(True, 3, 200, 72, 32)
+LAUNCH = Launch(64, True, 3, 200, 72, 32)
+LAUNCH_32 = Launch(32, True, 3, 200, 72, 32)
+LAUNCH_16 = Launch(16, True, 3, 200, 72, 32)
+
+
+def launch_for(heads: int) -> Launch:
+    """The launch for a number of heads."""
+    if heads <= 16:
+        return LAUNCH_16
+    return LAUNCH_32 if heads <= 32 else LAUNCH
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ def attend(
     num_splits: int,
     batch_invariant: bool,
     want_max: bool = False,
-    launch: Launch = LAUNCH,
+    launch: Launch | None = None,
     balanced: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Attention of q [b, s_q, h, 512] bf16 over one or two caches; see interface.decode.
@@ -107,6 +118,7 @@ def attend(
         return out, lse, max_logits
     if q.data_ptr() % 16 or any(stride % 8 for stride in q.stride()[:-1]):
         q = q.contiguous()
+    launch = launch or launch_for(heads)
     main, extra = sources[0], sources[-1]
     topk = main.indices.shape[-1]
     extra_topk = extra.indices.shape[-1] if len(sources) > 1 else 0
@@ -164,6 +176,7 @@ def attend(
             planned.splits,
             planned.split_pairs,
             scale * math.log2(math.e),
+            HEADS=launch.heads,
             EXTRA=len(sources) > 1,
             ROUNDED_SUMS=launch.rounded_sums,
             AHEAD=launch.ahead,

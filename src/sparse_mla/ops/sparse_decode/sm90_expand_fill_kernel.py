@@ -247,10 +247,12 @@ def push(kv, pages, line, entry, limit, ring, at, phase, PREFETCH: gl.constexpr)
 
 
 @gluon.jit
-def copy_query(shape, shared, q_ptr, which, stride_b, stride_s, stride_h, item_phase):
+def copy_query(
+    shape, shared, q_ptr, which, stride_b, stride_s, stride_h, item_phase, HEADS: gl.constexpr
+):
     """Copy an item's Q once the last one's is not needed any more; zeros past the last head."""
     token = shape.token(which)
-    head = shape.first_head(which) + gl.arange(0, TILE, layout=COPY_ROWS)
+    head = shape.first_head(which) + gl.arange(0, HEADS, layout=COPY_ROWS)
     offset = (token // shape.s_q).to(gl.int64) * stride_b
     offset += (token % shape.s_q).to(gl.int64) * stride_s
     offsets = (offset + head.to(gl.int64) * stride_h) * 8
@@ -264,6 +266,7 @@ def copy_query(shape, shared, q_ptr, which, stride_b, stride_s, stride_h, item_p
 def resolve(
     shape, work, shared, ring, main, extra, lengths, extra_lengths, q_ptr, kv,
     q_stride_b, q_stride_s, q_stride_h, EXTRA: gl.constexpr, BALANCED: gl.constexpr, PREFETCH: gl.constexpr,
+    HEADS: gl.constexpr,
 ):  # fmt: skip
     """Resolve the tiles of all items, and copy each item's Q."""
     start = work.start
@@ -293,7 +296,15 @@ def resolve(
                 push(kv, main, main.line(b, s), tile * TILE, limit, ring, at, phase, PREFETCH)
             if tile == query_at:
                 copy_query(
-                    shape, shared, q_ptr, which, q_stride_b, q_stride_s, q_stride_h, item_phase
+                    shape,
+                    shared,
+                    q_ptr,
+                    which,
+                    q_stride_b,
+                    q_stride_s,
+                    q_stride_h,
+                    item_phase,
+                    HEADS,
                 )
             pushed += 1
         item_phase ^= 1

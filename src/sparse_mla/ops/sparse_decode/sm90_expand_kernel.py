@@ -25,6 +25,7 @@ from ..sparse_prefill.sm90_kernel import (
     log2,
     sink_factor,
 )
+from .sm90_expand_few_heads_kernel import attend_half_few
 from .sm90_expand_fill_kernel import RING, Pages, Ring, fill, resolve
 from .sm90_expand_plan_kernel import (
     Shape,
@@ -122,6 +123,26 @@ def attend_half(
         item_phase ^= 1
 
 
+@gluon.jit
+def consumer(
+    shape, work, shared, peaks, lengths, extra_lengths, sink_ptr, out_ptr, lse_ptr, max_ptr,
+    parts_ptr, parts_lse_ptr, scale_log2,
+    HALF: gl.constexpr, BALANCED: gl.constexpr, ROUNDED_SUMS: gl.constexpr, HEADS: gl.constexpr,
+):  # fmt: skip
+    if HEADS == 64:
+        attend_half(
+            shape, work, shared, lengths, extra_lengths, sink_ptr, out_ptr, lse_ptr, max_ptr,
+            parts_ptr, parts_lse_ptr, scale_log2,
+            HALF, BALANCED, ROUNDED_SUMS,
+        )  # fmt: skip
+    else:
+        attend_half_few(
+            shape, work, shared, peaks, lengths, extra_lengths, sink_ptr, out_ptr, lse_ptr, max_ptr,
+            parts_ptr, parts_lse_ptr, scale_log2,
+            HALF, BALANCED, HEADS,
+        )  # fmt: skip
+
+
 # One compilation serves all sizes, strides and alignments: the copies' alignment is in the units.
 @gluon.jit(
     do_not_specialize=[
@@ -204,6 +225,7 @@ def attend(
     splits,  # so many parts of
     split_pairs,  # so many pairs of tiles
     scale_log2,  # softmax scale * log2(e)
+    HEADS: gl.constexpr,  # of an item: 16, 32 or 64
     EXTRA: gl.constexpr,
     ROUNDED_SUMS: gl.constexpr,
     AHEAD: gl.constexpr,
@@ -221,11 +243,18 @@ def attend(
         work = plan_balanced(shape, lengths_ptr, extra_lengths_ptr, meta_ptr)
     else:
         work = plan_by_shape(shape)
-    p0 = gl.allocate_shared_memory(gl.bfloat16, [1, TILE, 64], swizzled)
-    p1 = gl.allocate_shared_memory(gl.bfloat16, [1, TILE, 64], swizzled)
+    # Up to 32 heads P is [64 tokens, 32], else [64 heads, 64 tokens].
+    WIDTH: gl.constexpr = 64 if HEADS == 64 else 32
+    weights: gl.constexpr = gl.NVMMASharedLayout(2 * WIDTH, 16, 2)
+    p0 = gl.allocate_shared_memory(gl.bfloat16, [1, TILE, WIDTH], weights)
+    p1 = gl.allocate_shared_memory(gl.bfloat16, [1, TILE, WIDTH], weights)
+    sums = gl.allocate_shared_memory(gl.float32, [4, HEADS], plain)
+    peaks = sums
+    if HEADS < 64:
+        peaks = gl.allocate_shared_memory(gl.float32, [2, 4 * HEADS], plain)
     shared = Shared(
-        gl.allocate_shared_memory(gl.bfloat16, [1, TILE, 256], swizzled),
-        gl.allocate_shared_memory(gl.bfloat16, [1, TILE, 256], swizzled),
+        gl.allocate_shared_memory(gl.bfloat16, [1, HEADS, 256], swizzled),
+        gl.allocate_shared_memory(gl.bfloat16, [1, HEADS, 256], swizzled),
         p1,
         gl.allocate_shared_memory(gl.bfloat16, [2, TILE, 256], swizzled),
         gl.allocate_shared_memory(gl.bfloat16, [2, TILE, 256], swizzled),
@@ -233,8 +262,8 @@ def attend(
         p0,
         p1,
         gl.allocate_shared_memory(gl.float32, [2, TILE], plain),
-        gl.allocate_shared_memory(gl.float32, [2, TILE], plain),
-        gl.allocate_shared_memory(gl.float32, [4, TILE], plain),
+        gl.allocate_shared_memory(gl.float32, [2, HEADS], plain),
+        sums,
         gl.allocate_shared_memory(gl.int64, [2, 1], barriers),
         gl.allocate_shared_memory(gl.int64, [2, 1], barriers),
         gl.allocate_shared_memory(gl.int64, [2, 1], barriers),
@@ -292,11 +321,12 @@ def attend(
     gl.warp_specialize(
         [
             (
-                attend_half,
+                consumer,
                 (
                     shape,
                     work,
                     shared,
+                    peaks,
                     lengths_ptr,
                     extra_lengths_ptr,
                     sink_ptr,
@@ -309,14 +339,16 @@ def attend(
                     0,
                     BALANCED,
                     ROUNDED_SUMS,
+                    HEADS,
                 ),
             ),
             (
-                attend_half,
+                consumer,
                 (
                     shape,
                     work,
                     shared,
+                    peaks,
                     lengths_ptr,
                     extra_lengths_ptr,
                     sink_ptr,
@@ -329,6 +361,7 @@ def attend(
                     1,
                     BALANCED,
                     ROUNDED_SUMS,
+                    HEADS,
                 ),
             ),
             (
@@ -364,6 +397,7 @@ def attend(
                     EXTRA,
                     BALANCED,
                     PREFETCH,
+                    HEADS,
                 ),
             ),
         ],
