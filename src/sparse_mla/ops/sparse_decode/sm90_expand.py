@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 import triton
+import triton.language as tl
 
 from ... import arch
-from ...kv_cache import KVCache
 from . import sm90_expand_kernel, sm90_expand_plan_kernel
 from .source import Source
 
@@ -148,10 +148,10 @@ def attend(
     with torch.cuda.device_of(q):
         sm90_expand_kernel.attend[(programs,)](
             q,
-            words(main.cache),
+            triton.reinterpret(main.cache.pages, tl.int32),
             main.indices,
             main.lengths,
-            words(extra.cache),
+            triton.reinterpret(extra.cache.pages, tl.int32),
             extra.indices,
             extra_lengths,
             attn_sink,
@@ -204,12 +204,6 @@ def attend(
                 launch_pdl=True,
             )
     return out, lse, max_logits
-
-
-def words(cache: KVCache) -> torch.Tensor:
-    """The pages as int32; a page's bytes beyond a multiple of 4 are not its tokens'."""
-    pages = cache.pages
-    return pages[:, : pages.shape[1] // 4 * 4].view(torch.int32)
 
 
 def page_arguments(source: Source) -> tuple[int, ...]:

@@ -44,13 +44,15 @@ ROW_WORDS = gl.constexpr(144)
 FOOTER_WORDS = gl.constexpr(2)
 # Tiles that `resolve` may be ahead; at least 4, see there.
 RING = gl.constexpr(4)
+# The row of an invalid entry. An extra cache below the main one has negative rows.
+NOTHING = gl.constexpr(-(2**62))
 
 
 @aggregate
 class Ring:
     """What `resolve` tells `fill` of each tile; the barriers have one phase per round."""
 
-    rows: gl.shared_memory_descriptor  # [RING, 64] int64, words from kv_ptr on; -1: not valid
+    rows: gl.shared_memory_descriptor  # [RING, 64] int64, words from kv_ptr on, or NOTHING
     scales: gl.shared_memory_descriptor  # [RING, 64, 2] int32
     full: gl.shared_memory_descriptor  # [RING, 1]
     free: gl.shared_memory_descriptor  # [RING, 1]
@@ -96,12 +98,12 @@ class Pages:
 
 @gluon.jit
 def load_unit(kv, rows, unit: gl.constexpr):
-    """Unit `unit` of each row, int32 [64, 16]; zeros where rows is -1."""
+    """Unit `unit` of each row, int32 [64, 16]; zeros where there is nothing."""
     columns = gl.arange(0, 16, layout=COLUMNS)
     at = gl.max_contiguous(
         gl.multiple_of(rows[:, None] + (columns[None, :] + 16 * unit), [1, 4]), [1, 4]
     )
-    return gl.load(kv + at, mask=(rows >= 0)[:, None], other=0)
+    return gl.load(kv + at, mask=(rows > NOTHING)[:, None], other=0)
 
 
 @gluon.jit
@@ -164,7 +166,7 @@ def copy_rope(kv, rows, target):
     at = gl.max_contiguous(
         gl.multiple_of(rows[:, None] + (columns[None, :] + 16 * UNITS), [1, 4]), [1, 4]
     )
-    async_load(target, kv + at, mask=(rows >= 0)[:, None])
+    async_load(target, kv + at, mask=(rows > NOTHING)[:, None])
 
 
 @gluon.jit
@@ -241,7 +243,7 @@ def push(kv, pages, line, entry, limit, ring, at, phase, PREFETCH: gl.constexpr)
     )
     async_load(ring.scales.index(at), kv + from_footer, mask=ok[:, None])
     async_copy.mbarrier_arrive(ring.full.index(at), increment_count=False)
-    ring.rows.index(at).store(gl.where(ok, rows, -1))
+    ring.rows.index(at).store(gl.where(ok, rows, NOTHING))
     barrier()
     mbarrier.arrive(ring.full.index(at), count=1)
 
@@ -265,8 +267,8 @@ def copy_query(
 @gluon.jit
 def resolve(
     shape, work, shared, ring, main, extra, lengths, extra_lengths, q_ptr, kv,
-    q_stride_b, q_stride_s, q_stride_h, EXTRA: gl.constexpr, BALANCED: gl.constexpr, PREFETCH: gl.constexpr,
-    HEADS: gl.constexpr,
+    q_stride_b, q_stride_s, q_stride_h,
+    EXTRA: gl.constexpr, BALANCED: gl.constexpr, PREFETCH: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     """Resolve the tiles of all items, and copy each item's Q."""
     start = work.start
@@ -348,7 +350,7 @@ def fill(
                         barrier()
                         mbarrier.arrive(shared.left_full.index(stage), count=1)
                         mbarrier.wait(shared.right_free.index(stage), phase)
-                        shared.bias.index(stage).store(gl.where(rows >= 0, 0.0, -INF))
+                        shared.bias.index(stage).store(gl.where(rows > NOTHING, 0.0, -INF))
                         copy_rope(kv, rows, right.slice(96, 32, dim=1))
                         async_copy.mbarrier_arrive(
                             shared.right_full.index(stage), increment_count=False

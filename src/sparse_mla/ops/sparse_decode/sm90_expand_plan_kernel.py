@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.language.core import _aggregate as aggregate
 from triton.language.extra.cuda import gdc_wait
 
-from .triton_kernel import sink_factor, to_bf16
+from .triton_kernel import sink_factor
 
 # Sequences whose lengths are summed up at a time.
 CHUNK = gl.constexpr(512)
@@ -268,5 +268,5 @@ def merge(
         if sink_ptr is not None:
             factor = factor * sink_factor(merged, tl.load(sink_ptr + head))
         to = (item // head_blocks).to(tl.int64) * heads + head
-        tl.store(out_ptr + to * 512 + dims, to_bf16(out * factor))
+        tl.store(out_ptr + to * 512 + dims, (out * factor).to(tl.bfloat16))
         tl.store(lse_ptr + to, merged, mask=tl.program_id(2) == 0)
