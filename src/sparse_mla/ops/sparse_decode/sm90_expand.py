@@ -209,14 +209,22 @@ def attend(
 def page_arguments(source: Source) -> tuple[int, ...]:
     """How the kernel finds a slot of the source, and its lists."""
     cache = source.cache
-    shift = (cache.page_size - 1).bit_length()
-    magic = -(-(2 ** (31 + shift)) // cache.page_size)
     return (
         cache.pages.stride(0) // 4,
         cache.page_size,
-        magic - 2**32 if magic >= 2**31 else magic,  # as int32
-        shift,
+        *division(cache.page_size),
         min(cache.num_slots - 1, 2**31 - 1),
         source.indices.stride(0),
         source.indices.stride(1),
     )
+
+
+def division(divisor: int) -> tuple[int, int]:
+    """(magic, shift): n // divisor = (2 n magic >> 32) >> shift for 0 <= n < 2^31.
+
+    magic is a uint32, given as an int32. It is (2^(31 + shift) + e) / divisor with e < divisor <=
+    2^shift, so that the quotient is too large by n e / (divisor 2^(31 + shift)) < 1 / divisor.
+    """
+    shift = (divisor - 1).bit_length()
+    magic = -(-(2 ** (31 + shift)) // divisor)
+    return magic - 2**32 if magic >= 2**31 else magic, shift
