@@ -66,7 +66,7 @@ def test_cpu(op: str) -> None:
     [
         (REQUEST, replace(H200, triton="3.9.0"), "triton is 3.9.0"),
         (replace(REQUEST, alignment=4), H200, "aligned to 4 bytes"),
-        (replace(REQUEST, layout="v4_fp8"), H200, "no kernel for layout v4_fp8"),
+        (replace(REQUEST, layout="v41_fp8_planar"), H200, "no kernel for layout v41_fp8_planar"),
         (REQUEST, MACHINES["sm_100"], "Hopper"),
         (REQUEST, replace(H200, hip=True), "Hopper"),
         (REQUEST, replace(H200, triton=None), "triton is not installed"),
@@ -81,6 +81,15 @@ def test_reasons_of_sm90(op: str, request_: Request, machine: Arch, reason: str)
     assert "sm90" not in chosen(asked, machine)
     with pytest.raises(NotImplementedError, match=re.escape(said)):
         dispatch.choose(asked, machine, "sm90")
+
+
+def test_extra_caches_on_sm90() -> None:
+    v4 = replace(REQUEST, layout="v4_fp8")
+    assert chosen(v4, H200) == ["sm90"]
+    assert chosen(replace(v4, extra_layout="v4_fp8"), H200) == ["sm90"]
+    for layout, extra in (("v4_fp8", "v32_fp8"), ("v32_fp8", "v32_fp8"), ("bf16", "v4_fp8")):
+        ok, said = answer("sm90", replace(REQUEST, layout=layout, extra_layout=extra), H200)
+        assert not ok and layout in said and extra in said
 
 
 @pytest.mark.parametrize(

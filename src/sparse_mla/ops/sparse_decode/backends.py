@@ -7,7 +7,9 @@ from ...dispatch import Backend, Request
 from ...kv_layout import LAYOUTS
 
 TRITON_LAYOUTS = ("v32_fp8", "bf16", "bf16_nope")
-SM90_LAYOUTS = ("v32_fp8", "bf16", "bf16_nope")
+# Layouts whose values are bf16 numbers once expanded; an extra cache has the same layout.
+SM90_EXPANDED = ("v4_fp8",)
+SM90_LAYOUTS = ("v32_fp8", "bf16", "bf16_nope", *SM90_EXPANDED)
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
 # Gluon is experimental and changes between minor versions.
@@ -47,8 +49,11 @@ def sm90_supports(request: Request, machine: Arch) -> tuple[bool, str]:
         return False, "its wgmma kernels need a Hopper GPU (compute capability 9.0)"
     if request.layout not in SM90_LAYOUTS:
         return False, f"has no kernel for layout {request.layout}"
-    if request.extra_layout:
-        return False, "has no kernel for an extra cache"
+    if request.extra_layout and (
+        request.layout not in SM90_EXPANDED or request.extra_layout != request.layout
+    ):
+        caches = f"a cache of layout {request.layout} and an extra cache of {request.extra_layout}"
+        return False, f"has no kernel for {caches}"
     version = triton_version(machine)
     if version not in GLUON_TRITON:
         tried = ", ".join(f"{major}.{minor}" for major, minor in GLUON_TRITON)
