@@ -6,7 +6,6 @@ from ...arch import Arch
 from ...dispatch import Backend, Request
 from ...kv_layout import LAYOUTS
 
-TRITON_LAYOUTS = ("v32_fp8", "bf16", "bf16_nope")
 SM90_LAYOUTS = ("v32_fp8", "bf16", "bf16_nope")
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
@@ -23,10 +22,9 @@ def triton_version(machine: Arch) -> tuple[int, ...]:
 def triton_supports(request: Request, machine: Arch) -> tuple[bool, str]:
     if machine.triton is None:
         return False, "triton is not installed"
-    if request.layout not in TRITON_LAYOUTS:
-        return False, f"has no kernel for layout {request.layout}"
-    if request.extra_layout:
-        return False, "has no kernel for an extra cache"
+    for layout in (request.layout, request.extra_layout):
+        if layout and layout not in LAYOUTS:
+            return False, f"has no kernel for layout {layout}"
     if triton_version(machine) < MIN_TRITON:
         return False, f"triton is {machine.triton}, needs {'.'.join(map(str, MIN_TRITON))} or newer"
     if machine.device == "cpu":
