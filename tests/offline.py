@@ -28,6 +28,7 @@ from sparse_mla import KVCache, arch, dispatch
 from sparse_mla.arch import Arch
 from sparse_mla.bench.workloads import GPU_WORKLOADS
 from sparse_mla.kv_layout import LAYOUTS
+from sparse_mla.ops.sparse_decode.source import Source
 from usage import Usage, recorded, usage_of, write_table
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
@@ -133,15 +134,23 @@ def recording(capability: tuple[int, int]) -> Iterator[list[Launched]]:
 
 # ------------------------------------------------------------------ calls of the launchers
 def call_decode(
-    run: Callable[..., object], layout: str, b: int, s_q: int, heads: int, topk: int, options: bool
+    run: Callable[..., object],
+    layout: str,
+    b: int,
+    s_q: int,
+    heads: int,
+    topk: int,
+    options: bool,
+    extra: str = "",
 ) -> None:
     """A backend's decode; `options`: lengths, sinks, odd topk, pages of a shared pool."""
-    cache = _cache(layout, 64, options)
-    q = torch.empty(b, s_q, heads, cache.layout.d_qk, dtype=torch.bfloat16)
-    indices = torch.empty(b, s_q, topk - options, dtype=torch.int32)
-    lengths = torch.empty(b, dtype=torch.int32) if options else None
-    sink = torch.empty(heads) if options else None
-    run(q, cache, indices, lengths, sink, 0.1, 0, False)
+    sources = []
+    for name in (layout, extra) if extra else (layout,):
+        indices = torch.empty(b, s_q, topk - options, dtype=torch.int32)
+        lengths = torch.empty(b, dtype=torch.int32) if options else None
+        sources.append(Source(_cache(name, 64, options), indices, lengths))
+    q = torch.empty(b, s_q, heads, LAYOUTS[layout].d_qk, dtype=torch.bfloat16)
+    run(q, sources, torch.empty(heads) if options else None, 0.1, 0, False)
 
 
 def call_prefill(
@@ -157,8 +166,12 @@ def call_prefill(
 
 
 def _cache(layout: str, page_size: int, options: bool) -> KVCache:
-    stride = page_size * LAYOUTS[layout].row_bytes + 2**17 if options else None
-    return KVCache.empty(256 // page_size, page_size, layout, page_stride=stride)
+    kind = LAYOUTS[layout]
+    stride = (kind.page_bytes(page_size) + 2**17) // 16 * 16 if options else None
+    scale = torch.ones(1) if kind.tensor_scale else None
+    return KVCache.empty(
+        256 // page_size, page_size, layout, page_stride=stride, tensor_scale=scale
+    )
 
 
 @dataclass(frozen=True)

@@ -241,23 +241,25 @@ def attend_source(
         if SCALED:
             p0, sum0 = tile_weights(p, scale0)
             p1, sum1 = tile_weights(p, scale1)
-            if VALUE_BLOCKS == 1:
-                p2, sum2 = tile_weights(p, scale2)
-                p3, sum3 = tile_weights(p, scale3)
         else:
             if FACTOR:
                 p0, sum0 = tile_weights(p, factor)
             else:
                 p0 = to_bf16(p)
                 sum0 = tl.sum(p0.to(tl.float32), 1)
-            p1, p2, p3 = p0, p0, p0
-            sum1, sum2, sum3 = sum0, sum0, sum0
+            p1, sum1 = p0, sum0
         total0 = total0 * decay + sum0
-        acc0 = dot(p0, k0, acc0 * decay[:, None])
-        acc1 = dot(p1, k1, acc1 * decay[:, None])
         if PER_TILE:
             total1 = total1 * decay + sum1
+        acc0 = dot(p0, k0, acc0 * decay[:, None])
+        acc1 = dot(p1, k1, acc1 * decay[:, None])
         if VALUE_BLOCKS == 1:
+            if SCALED:
+                p2, sum2 = tile_weights(p, scale2)
+                p3, sum3 = tile_weights(p, scale3)
+            else:
+                p2, sum2 = p0, sum0
+                p3, sum3 = p0, sum0
             if PER_TILE:
                 total2 = total2 * decay + sum2
                 total3 = total3 * decay + sum3
