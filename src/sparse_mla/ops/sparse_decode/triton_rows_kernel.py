@@ -308,9 +308,7 @@ def column_dims(INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def multiply_scales(
-    k, scales, first, mask, LAYOUT: tl.constexpr, HARDWARE_FP8: tl.constexpr
-):
+def multiply_scales(k, scales, first, mask, LAYOUT: tl.constexpr, HARDWARE_FP8: tl.constexpr):
     """k [T, w] times the scales, where they are exact, from the tile `first` on."""
     KIND: tl.constexpr = exact_scales(LAYOUT)
     if KIND != "":

@@ -201,7 +201,7 @@ def attend_tokens_first(
     BLOCK_T: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """`triton_kernel.attend` for one cache with a scale per 128 dims. BLOCK_T is a multiple of 64."""
+    """`triton_kernel.attend` for a cache with a scale per 128 dims. BLOCK_T: multiples of 64."""
     pid = tl.program_id(0)
     head_block = pid % head_blocks
     split = (pid // head_blocks) % splits
