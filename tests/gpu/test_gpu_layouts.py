@@ -255,7 +255,7 @@ def test_every_scale_of_v4(backend: str) -> None:
         cache.footers_view()[0, :, 1] = code
         out, lse = sparse_mla.decode(q, cache, indices, backend=backend)
         want = reference.decode(q, cache, indices)
-        if code < 250:  # 120 * 2^122 fits, 120 * 2^127 is infinite in float32 too
+        if code < 249:  # 120 * 2^121 is the largest that fits
             assert_close(out, lse, want)
             error = out.double()[..., 64:128] - want.out[..., 64:128]
             # The two smallest scales lose bits below 2^-133.

@@ -11,11 +11,11 @@ import torch
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from sparse_mla.kv_quantise import decode_e2m1, decode_ue8m0  # noqa: E402
+from sparse_mla import kv_quantise  # noqa: E402
 from sparse_mla.ops.sparse_decode.triton_rows_kernel import (  # noqa: E402
-    load_e2m1,
-    load_e4m3,
-    load_ue8m0,
+    decode_e2m1,
+    decode_e4m3,
+    decode_ue8m0,
     times,
 )
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.gpu
 @triton.jit
 def decode_all(bytes_ptr, out_ptr, HARDWARE_FP8: tl.constexpr):
     at = tl.arange(0, 256)
-    value = load_e4m3(bytes_ptr + at, at >= 0, HARDWARE_FP8)
+    value = decode_e4m3(tl.load(bytes_ptr + at), HARDWARE_FP8)
     tl.store(out_ptr + at, value.to(tl.float32))
 
 
@@ -43,7 +43,7 @@ def test_every_code(hardware: bool) -> None:
 @triton.jit
 def decode_pairs(bytes_ptr, out_ptr):
     at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    value = load_e2m1(bytes_ptr + at, at >= 0)
+    value = decode_e2m1(tl.load(bytes_ptr + at))
     out = tl.arange(0, 16)[:, None] * 32 + tl.arange(0, 32)[None, :]
     tl.store(out_ptr + out, value.to(tl.float32))
 
@@ -52,13 +52,13 @@ def test_every_pair_of_e2m1_codes() -> None:
     codes = torch.arange(256, dtype=torch.uint8, device="cuda")
     out = torch.empty(16, 32, device="cuda")
     decode_pairs[(1,)](codes, out, num_warps=1)
-    assert torch.equal(out, decode_e2m1(codes.view(16, 16)))
+    assert torch.equal(out, kv_quantise.decode_e2m1(codes.view(16, 16)))
 
 
 @triton.jit
 def scale_all(bytes_ptr, out_ptr, product_ptr):
     at = tl.arange(0, 256)
-    scale = load_ue8m0(bytes_ptr + at, at >= 0)
+    scale = decode_ue8m0(tl.load(bytes_ptr + at))
     tl.store(out_ptr + at, scale)
     tl.store(product_ptr + at, times(tl.full([256], -1.125, tl.bfloat16), scale))
 
@@ -68,6 +68,6 @@ def test_every_ue8m0_code() -> None:
     codes = torch.arange(256, dtype=torch.uint8, device="cuda")
     out, product = torch.empty(2, 256, dtype=torch.bfloat16, device="cuda")
     scale_all[(1,)](codes, out, product, num_warps=1)
-    want = decode_ue8m0(codes).double()
+    want = kv_quantise.decode_ue8m0(codes).double()
     torch.testing.assert_close(out.double(), want, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(product.double(), -1.125 * want, rtol=0, atol=0, equal_nan=True)

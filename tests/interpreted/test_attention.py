@@ -25,7 +25,7 @@ from sparse_mla.ops.sparse_decode import config
 from sparse_mla.ops.sparse_decode.config import Launch
 from sparse_mla.ops.sparse_decode.source import Source
 from sparse_mla.ops.sparse_decode.triton import launch_attend
-from sparse_mla.ops.sparse_decode.triton_rows_kernel import INTERPRET, load_e4m3, to_bf16
+from sparse_mla.ops.sparse_decode.triton_rows_kernel import INTERPRET, decode_e4m3, to_bf16
 
 LAUNCHES = {
     name: value for name, value in sorted(vars(config).items()) if isinstance(value, Launch)
@@ -204,7 +204,7 @@ def test_why_to_bf16_rounds_by_hand() -> None:
 @triton.jit
 def _decode_e4m3(byte_ptr, out_ptr):
     at = tl.arange(0, 256)
-    tl.store(out_ptr + at, load_e4m3(byte_ptr + at, at < 256, False))
+    tl.store(out_ptr + at, decode_e4m3(tl.load(byte_ptr + at), False))
 
 
 def test_every_e4m3_byte() -> None:

@@ -18,13 +18,12 @@ from drawn import (
     poison_unselected,
 )
 from hostile import ALL_LAYOUTS, DECODE_CALLS
-from sparse_mla import KVCache, decode
+from sparse_mla import KVCache, decode, kv_quantise
 from sparse_mla.kv_layout import get_layout
-from sparse_mla.kv_quantise import decode_e2m1, decode_ue8m0
 from sparse_mla.ops.sparse_decode.config import HEADS_32, HEADS_64, WGMMA_16
 from sparse_mla.ops.sparse_decode.source import Source
 from sparse_mla.ops.sparse_decode.triton import launch_attend
-from sparse_mla.ops.sparse_decode.triton_rows_kernel import load_e2m1, load_ue8m0, times
+from sparse_mla.ops.sparse_decode.triton_rows_kernel import decode_e2m1, decode_ue8m0, times
 
 PAIRS = [
     ("v4_fp8", "v4_fp8"),
@@ -208,13 +207,13 @@ def test_a_nan_scale_stays_with_those_who_select_it() -> None:
 def _decode_e2m1(byte_ptr, out_ptr):
     at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
     out = tl.arange(0, 16)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    tl.store(out_ptr + out, load_e2m1(byte_ptr + at, at >= 0))
+    tl.store(out_ptr + out, decode_e2m1(tl.load(byte_ptr + at)))
 
 
 @triton.jit
 def _decode_ue8m0(byte_ptr, out_ptr, product_ptr):
     at = tl.arange(0, 256)
-    scale = load_ue8m0(byte_ptr + at, at >= 0)
+    scale = decode_ue8m0(tl.load(byte_ptr + at))
     tl.store(out_ptr + at, scale)
     tl.store(product_ptr + at, times(tl.full([256], -1.125, tl.bfloat16), scale))
 
@@ -223,10 +222,10 @@ def test_every_code_of_the_formats() -> None:
     codes = torch.arange(256).to(torch.uint8)
     out = torch.empty(16, 32, dtype=torch.bfloat16)
     _decode_e2m1[(1,)](codes, out)
-    assert torch.equal(out.float(), decode_e2m1(codes.view(16, 16)))
+    assert torch.equal(out.float(), kv_quantise.decode_e2m1(codes.view(16, 16)))
     scale, product = torch.empty(2, 256, dtype=torch.bfloat16)
     _decode_ue8m0[(1,)](codes, scale, product)
-    want = decode_ue8m0(codes).double()
+    want = kv_quantise.decode_ue8m0(codes).double()
     torch.testing.assert_close(scale.double(), want, rtol=0, atol=0, equal_nan=True)
     # The interpreter takes subnormal bf16 numbers for 0.
     close = {"rtol": 0, "atol": 0, "equal_nan": True}

@@ -27,6 +27,8 @@ from .triton_rows_kernel import (
     any_quantised,
     any_scaled_outside,
     column_dims,
+    decode_e4m3,
+    expand_tile,
     footer_offset,
     has_factor,
     lines_of_row,
@@ -41,6 +43,7 @@ from .triton_rows_kernel import (
     rope_in_values,
     row_offset,
     scaled_outside,
+    tile_columns,
     to_bf16,
 )
 
@@ -156,6 +159,11 @@ def attend_source(
     if LAYOUT.tensor_scale:
         tensor_scale = tl.load(tensor_scale_ptr)
 
+    columns0 = tile_columns(tile0, LAYOUT, False, INTERLEAVED)
+    columns1 = tile_columns(tile0 + 1, LAYOUT, False, INTERLEAVED)
+    columns2 = tile_columns(tile2, LAYOUT, False, INTERLEAVED)
+    columns3 = tile_columns(tile2 + 1, LAYOUT, MIXED, INTERLEAVED)
+
     # Slots are loaded ahead: rows wait for slots, and slots come from far memory. Two steps with
     # 16 heads (131 us against 134), one step where registers are short (64 heads: 241 against 248).
     TWO_AHEAD: tl.constexpr = BLOCK_H == 16
@@ -195,17 +203,28 @@ def attend_source(
         # 274 at 64 heads), elsewhere last (135 against 142 at 16 heads).
         ROPE_FIRST: tl.constexpr = SCALED and VALUE_BLOCKS == 2
         if ROPE and ROPE_FIRST:
-            k_rope = load_rope(rows, mask, LAYOUT, HARDWARE_FP8)
-            logits = dot(q_rope, tl.trans(k_rope), zero)
-        k0 = load_tile(rows, scales, mask, tile0, LAYOUT, False, INTERLEAVED, HARDWARE_FP8)
-        k1 = load_tile(rows, scales, mask, tile0 + 1, LAYOUT, False, INTERLEAVED, HARDWARE_FP8)
-        k2 = load_tile(rows, scales, mask, tile2, LAYOUT, False, INTERLEAVED, HARDWARE_FP8)
-        k3 = load_tile(rows, scales, mask, tile2 + 1, LAYOUT, MIXED, INTERLEAVED, HARDWARE_FP8)
+            logits = dot(q_rope, tl.trans(load_rope(rows, mask, LAYOUT)), zero)
+        loaded0 = load_tile(rows, scales, mask, tile0, columns0, LAYOUT, False)
+        if SCALED:
+            k0 = expand_tile(loaded0, LAYOUT, False, INTERLEAVED, HARDWARE_FP8)
+        loaded1 = load_tile(rows, scales, mask, tile0 + 1, columns1, LAYOUT, False)
+        if SCALED:
+            k1 = expand_tile(loaded1, LAYOUT, False, INTERLEAVED, HARDWARE_FP8)
+        loaded2 = load_tile(rows, scales, mask, tile2, columns2, LAYOUT, False)
+        if SCALED:
+            k2 = expand_tile(loaded2, LAYOUT, False, INTERLEAVED, HARDWARE_FP8)
+        loaded3 = load_tile(rows, scales, mask, tile2 + 1, columns3, LAYOUT, MIXED)
+        if SCALED:
+            k3 = expand_tile(loaded3, LAYOUT, False, INTERLEAVED, HARDWARE_FP8)
+        else:
+            k0 = expand_tile(loaded0, LAYOUT, False, INTERLEAVED, HARDWARE_FP8)
+            k1 = expand_tile(loaded1, LAYOUT, False, INTERLEAVED, HARDWARE_FP8)
+            k2 = expand_tile(loaded2, LAYOUT, False, INTERLEAVED, HARDWARE_FP8)
+            k3 = expand_tile(loaded3, LAYOUT, MIXED, INTERLEAVED, HARDWARE_FP8)
         if SCALED:
             scale0, scale1, scale2, scale3 = load_scales(rows, mask, value_block, LAYOUT)
             if ROPE and not ROPE_FIRST:
-                k_rope = load_rope(rows, mask, LAYOUT, HARDWARE_FP8)
-                logits = dot(q_rope, tl.trans(k_rope), zero)
+                logits = dot(q_rope, tl.trans(load_rope(rows, mask, LAYOUT)), zero)
             if not ROPE:
                 logits = zero
             logits += dot(q0, tl.trans(k0), zero) * scale0[None, :]
@@ -218,8 +237,9 @@ def attend_source(
             logits = dot(q2, tl.trans(k2), logits)
             logits = dot(q3, tl.trans(k3), logits)
             if ROPE:
-                k_rope = load_rope(rows, mask, LAYOUT, HARDWARE_FP8)
+                k_rope = load_rope(rows, mask, LAYOUT)
             if rope_in_latent(LAYOUT):
+                k_rope = decode_e4m3(k_rope, HARDWARE_FP8)
                 logits = dot(q_rope, tl.trans(k_rope), logits)
             if FACTOR:
                 factor = load_factors(rows, ok, tensor_scale, LAYOUT)

@@ -88,9 +88,8 @@ def to_bf16(x):
 
 
 @triton.jit
-def load_e4m3(ptr, mask, HARDWARE_FP8: tl.constexpr):
-    """e4m3 bytes at ptr as bf16, exact; masked entries are 0."""
-    byte = tl.load(ptr, mask=mask, other=0)
+def decode_e4m3(byte, HARDWARE_FP8: tl.constexpr):
+    """e4m3 codes as bf16, exact."""
     if INTERPRET:
         # The bits shifted into a float32 are the value times 2^-120 (bias 7 against 127).
         bits = byte.to(tl.int32)
@@ -172,15 +171,14 @@ def e2m1_value(code):
 
 
 @triton.jit
-def load_e2m1(ptr, mask):
-    """Bytes of two e2m1 numbers at ptr [T, w] as bf16 [T, 2 w], exact; masked entries are 0."""
-    byte = tl.load(ptr, mask=mask, other=0)
+def decode_e2m1(byte):
+    """[T, w] bytes of two e2m1 codes as bf16 [T, 2 w], exact."""
     if INTERPRET:
         even = e2m1_value(byte.to(tl.int32))
         odd = e2m1_value(byte.to(tl.int32) >> 4)
     else:
         # Codes in 16-bit lanes, exponent and mantissa shifted to where bf16 has them: the value
-        # times 2^-126. Impure as in `load_e4m3`.
+        # times 2^-126. Impure as in `decode_e4m3`.
         even, odd = tl.inline_asm_elementwise(
             """{
             .reg .b32 a, b, m, s, t, z, c;
@@ -223,9 +221,9 @@ def load_e2m1(ptr, mask):
 
 
 @triton.jit
-def load_ue8m0(ptr, mask):
-    """ue8m0 bytes at ptr as bf16, exact: 0 is 2^-127, 255 is NaN; masked entries are 2^-127."""
-    byte = tl.load(ptr, mask=mask, other=0).to(tl.int16)
+def decode_ue8m0(byte):
+    """ue8m0 codes as bf16, exact: 0 is 2^-127, 255 is NaN."""
+    byte = byte.to(tl.int16)
     bits = tl.where(byte == 0, 0x40, byte << 7)
     return tl.where(byte == 255, 0x7FC0, bits).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
@@ -236,7 +234,7 @@ def times(values, scales):
     if INTERPRET:
         return to_bf16(values.to(tl.float32) * scales.to(tl.float32))
     else:
-        # Two products at once, before sm_90 too. Impure as in `load_e4m3`.
+        # Two products at once, before sm_90 too. Impure as in `decode_e4m3`.
         return tl.inline_asm_elementwise(
             "{.reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z;}",
             "=r,r,r",
@@ -308,19 +306,14 @@ def column_dims(INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def multiply_scales(k, scales, first, mask, LAYOUT: tl.constexpr, HARDWARE_FP8: tl.constexpr):
-    """k [T, w] times the scales, where they are exact, from the tile `first` on."""
-    KIND: tl.constexpr = exact_scales(LAYOUT)
-    if KIND != "":
-        TILES: tl.constexpr = k.shape[1] // LAYOUT.tile
-        at = (scales + LAYOUT.scales.offset)[:, None] + (first + tl.arange(0, TILES))[None, :]
-        if KIND == "ue8m0":
-            scale = load_ue8m0(at, mask)
-        else:
-            scale = load_e4m3(at, mask, HARDWARE_FP8)
-        wide = tl.broadcast_to(scale[:, :, None], [k.shape[0], TILES, LAYOUT.tile])
-        k = times(k, tl.reshape(wide, [k.shape[0], k.shape[1]]))
-    return k
+def tile_columns(tile, LAYOUT: tl.constexpr, MIXED: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """[1, w]: where the tile `tile` of 128 dims lies in a row, in bf16 numbers or in bytes."""
+    if LAYOUT.latent.dtype == "bf16":
+        columns = column_dims(INTERLEAVED) + tile * 128
+    else:
+        BYTES: tl.constexpr = 64 if LAYOUT.latent.dtype == "e2m1" else 128
+        columns = tl.arange(0, BYTES // 2 if MIXED else BYTES)[None, :] + tile * BYTES
+    return columns
 
 
 @triton.jit
@@ -329,43 +322,65 @@ def load_tile(
     scales,  # [T] pointers to what the scales' offset counts from
     mask,  # [T, 1]
     tile,  # which 128 of the 512 dims
+    columns,  # its tile_columns
     LAYOUT: tl.constexpr,
     MIXED: tl.constexpr,  # the second half of the tile is the RoPE part
+):
+    """A tile of each token as it is stored: values, scales, RoPE part; a dummy for what is not."""
+    if LAYOUT.latent.dtype == "bf16":
+        rows = rows.to(tl.pointer_type(tl.bfloat16))
+    values = tl.load(rows[:, None] + columns, mask=mask, other=0)
+    scale = values
+    if exact_scales(LAYOUT) != "":
+        first = tile * (128 // LAYOUT.tile)
+        numbers = tl.arange(0, (64 if MIXED else 128) // LAYOUT.tile)
+        at = (scales + LAYOUT.scales.offset)[:, None] + (numbers + first)[None, :]
+        scale = tl.load(at, mask=mask, other=0)
+    rope = values
+    if MIXED:
+        rope = load_rope(rows, mask, LAYOUT)
+    return values, scale, rope
+
+
+@triton.jit
+def expand_tile(
+    loaded,
+    LAYOUT: tl.constexpr,
+    MIXED: tl.constexpr,
     INTERLEAVED: tl.constexpr,  # columns in the order of `column_dims`
     HARDWARE_FP8: tl.constexpr,
 ):
     """[T, 128] bf16; to be multiplied by `load_scales` or `load_factors` where there are any."""
-    T: tl.constexpr = rows.shape[0]
-    if LAYOUT.latent.dtype == "bf16":
-        at = tile * 128 + column_dims(INTERLEAVED)
-        k = tl.load(rows.to(tl.pointer_type(tl.bfloat16))[:, None] + at, mask=mask, other=0.0)
-    else:
-        WIDTH: tl.constexpr = 64 if MIXED else 128
-        first = tile * (128 // LAYOUT.tile)
+    k, scale, rope = loaded
+    if LAYOUT.quantised:
+        T: tl.constexpr = k.shape[0]
         if LAYOUT.latent.dtype == "e2m1":
-            k = load_e2m1(rows[:, None] + (tile * 64 + tl.arange(0, WIDTH // 2))[None, :], mask)
+            k = decode_e2m1(k)
         else:
-            at = rows[:, None] + (tile * 128 + tl.arange(0, WIDTH))[None, :]
-            k = load_e4m3(at, mask, HARDWARE_FP8)
-        k = multiply_scales(k, scales, first, mask, LAYOUT, HARDWARE_FP8)
+            k = decode_e4m3(k, HARDWARE_FP8)
+        if exact_scales(LAYOUT) != "":
+            if exact_scales(LAYOUT) == "ue8m0":
+                scale = decode_ue8m0(scale)
+            else:
+                scale = decode_e4m3(scale, HARDWARE_FP8)
+            wide = tl.broadcast_to(scale[:, :, None], [T, scale.shape[1], LAYOUT.tile])
+            k = times(k, tl.reshape(wide, [T, k.shape[1]]))
         if MIXED:
-            halves = tl.join(k, load_rope(rows, mask, LAYOUT, HARDWARE_FP8))
-            k = tl.reshape(tl.permute(halves, [0, 2, 1]), [T, 128])
+            k = tl.reshape(tl.permute(tl.join(k, rope), [0, 2, 1]), [T, 128])
         if INTERLEAVED:
             k = interleave(k)
     return k
 
 
 @triton.jit
-def load_rope(rows, mask, LAYOUT: tl.constexpr, HARDWARE_FP8: tl.constexpr):
-    """[T, 64] bf16: the RoPE part; times `load_factors` where it is part of the latent."""
+def load_rope(rows, mask, LAYOUT: tl.constexpr):
+    """[T, 64] as it is stored: the RoPE part, or the dims of the latent beyond the values."""
     dims = tl.arange(0, 64)[None, :]
     if rope_in_latent(LAYOUT):
-        k = load_e4m3(rows[:, None] + (LAYOUT.d_v + dims), mask, HARDWARE_FP8)
+        at = rows[:, None] + (LAYOUT.d_v + dims)
     else:
         at = (rows + LAYOUT.rope.offset).to(tl.pointer_type(tl.bfloat16))[:, None] + dims
-        k = tl.load(at, mask=mask, other=0.0)
-    return k
+    return tl.load(at, mask=mask, other=0)
 
 
 @triton.jit
