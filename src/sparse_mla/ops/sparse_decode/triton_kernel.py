@@ -170,12 +170,14 @@ def attend_source(
     next_slot = load_slots(line, first + columns, limit)
     if TWO_AHEAD:
         later_slot = load_slots(line, first + BLOCK_T + columns, limit)
-    PREFETCH: tl.constexpr = LAYOUT.quantised and VALUE_BLOCKS == 2
+    PREFETCH: tl.constexpr = LAYOUT.quantised and BLOCK_H == 64
     if PREFETCH:
-        # Each of the two programs asks for half the rows of the next step, up to 8 lines a row.
-        asked = tl.arange(0, BLOCK_T * 4)
+        # Programs that share a token ask for a part of the next step's rows each, up to 8 lines a
+        # row; the last of them is that of the scales where those are apart.
+        ASKED: tl.constexpr = BLOCK_T // VALUE_BLOCKS
+        asked = tl.arange(0, ASKED * 8)
         line_of_row = asked % 8
-        asked = asked // 8 + value_block * (BLOCK_T // 2)
+        asked = asked // 8 + value_block * ASKED
         asked_slot = load_slots(line, first + BLOCK_T + asked, limit)
     # Hoisted out of the loop, the matrix descriptors take more registers than there are (64 heads:
     # 248 us against 311).
@@ -189,9 +191,14 @@ def attend_source(
             next_slot = load_slots(line, start + BLOCK_T + columns, limit)
         if PREFETCH:
             wanted = (asked_slot >= 0) & (asked_slot <= last_slot)
-            wanted = wanted & (line_of_row < lines_of_row(LAYOUT))
             ahead = row_offset(asked_slot, page_size, page_stride, TOKEN_STRIDE, PACKED)
-            prefetch(kv_ptr + (ahead + line_of_row * 128), wanted)
+            ahead += line_of_row * 128
+            in_row = line_of_row < lines_of_row(LAYOUT)
+            if LAYOUT.planar:
+                footer = footer_offset(asked_slot, page_size, page_stride, table, LAYOUT)
+                ahead = tl.where(line_of_row == 7, footer, ahead)
+                in_row = in_row | (line_of_row == 7)
+            prefetch(kv_ptr + ahead, wanted & in_row)
             asked_slot = load_slots(line, start + 2 * BLOCK_T + asked, limit)
         rows = kv_ptr + row_offset(slot, page_size, page_stride, TOKEN_STRIDE, PACKED)
         scales = rows

@@ -332,10 +332,9 @@ def load_tile(
     values = tl.load(rows[:, None] + columns, mask=mask, other=0)
     scale = values
     if exact_scales(LAYOUT) != "":
-        first = tile * (128 // LAYOUT.tile)
-        numbers = tl.arange(0, (64 if MIXED else 128) // LAYOUT.tile)
-        at = (scales + LAYOUT.scales.offset)[:, None] + (numbers + first)[None, :]
-        scale = tl.load(at, mask=mask, other=0)
+        number = (tl.arange(0, 128 // LAYOUT.tile) + tile * (128 // LAYOUT.tile))[None, :]
+        at = (scales + LAYOUT.scales.offset)[:, None] + number
+        scale = tl.load(at, mask=mask & (number < LAYOUT.scales.count), other=0)
     rope = values
     if MIXED:
         rope = load_rope(rows, mask, LAYOUT)
@@ -358,15 +357,19 @@ def expand_tile(
             k = decode_e2m1(k)
         else:
             k = decode_e4m3(k, HARDWARE_FP8)
+        if MIXED:
+            k = tl.reshape(tl.permute(tl.join(k, rope), [0, 2, 1]), [T, 128])
         if exact_scales(LAYOUT) != "":
             if exact_scales(LAYOUT) == "ue8m0":
                 scale = decode_ue8m0(scale)
             else:
                 scale = decode_e4m3(scale, HARDWARE_FP8)
+            if MIXED:
+                # The compiler hands a joined tile over twice, in two orders, but not a product.
+                number = tl.arange(0, scale.shape[1])[None, :]
+                scale = tl.where(number < scale.shape[1] // 2, scale, 1.0).to(tl.bfloat16)
             wide = tl.broadcast_to(scale[:, :, None], [T, scale.shape[1], LAYOUT.tile])
-            k = times(k, tl.reshape(wide, [T, k.shape[1]]))
-        if MIXED:
-            k = tl.reshape(tl.permute(tl.join(k, rope), [0, 2, 1]), [T, 128])
+            k = times(k, tl.reshape(wide, [T, 128]))
         if INTERLEAVED:
             k = interleave(k)
     return k
