@@ -146,12 +146,14 @@ def launch_attend(
     return out, lse, max_logits
 
 
-SOURCE_ARGUMENTS = 11
+SOURCE_ARGUMENTS = 13
 
 
 def _source_arguments(source: Source) -> list[Any]:
     """What the kernels are told of a source, in the order of their arguments."""
-    cache, indices = source.cache, source.indices
+    cache, indices, layout = source.cache, source.indices, source.cache.layout
+    page_stride, page_size = cache.pages.stride(0), cache.page_size
+    planar = layout.planar
     return [
         cache.pages,
         indices,
@@ -160,11 +162,24 @@ def _source_arguments(source: Source) -> list[Any]:
         indices.stride(0),
         indices.stride(1),
         indices.shape[-1],
-        cache.pages.stride(0),
-        cache.page_size,
-        cache.page_size * cache.layout.row_bytes if cache.layout.planar else None,
+        *division(page_size),
+        page_stride - page_size * cache.token_stride,
+        page_stride - page_size * layout.footer_bytes if planar else None,
+        page_size * layout.row_bytes if planar else None,
         min(cache.num_slots - 1, 2**31 - 1),
     ]
+
+
+def division(divisor: int) -> tuple[int, int]:
+    """(magic, shift) so that n // divisor == n * magic >> shift for 0 <= n < 2^31.
+
+    With 2^l >= divisor and magic * divisor = 2^(31 + l) + e the quotient is exact for 0 < e <= 2^l
+    (Granlund and Montgomery, Division by Invariant Integers using Multiplication, 1994). The
+    product stays below 2^63. A division at run time is a chain of 20 instructions in front of
+    every row's address.
+    """
+    shift = 31 + (divisor - 1).bit_length()
+    return (1 << shift) // divisor + 1, shift
 
 
 def _packed(cache: KVCache) -> bool:

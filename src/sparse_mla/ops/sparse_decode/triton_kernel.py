@@ -37,6 +37,7 @@ from .triton_rows_kernel import (
     load_scales,
     load_slots,
     load_tile,
+    page_of,
     prefetch,
     rope_dims,
     rope_in_latent,
@@ -71,13 +72,8 @@ def reciprocal(x):
 
 
 @triton.jit
-def tile_weights(p, scale):
-    """P * scale rounded to bf16, and the sums of the weights that this rounding stands for.
-
-    A scale of 0, or one whose reciprocal is no normal number, leaves P as it is in the sum: the
-    token's weight counts whatever its values in this tile are.
-    """
-    exact = p * scale[None, :]
+def round_weights(exact):
+    """float32 weights rounded to bf16, and what they are now in float32."""
     if INTERPRET:
         weights = to_bf16(exact)
         rounded = weights.to(tl.float32)
@@ -95,6 +91,17 @@ def tile_weights(p, scale):
             is_pure=True,
             pack=2,
         )
+    return weights, rounded
+
+
+@triton.jit
+def tile_weights(p, scale):
+    """P * scale rounded to bf16, and the sums of the weights that this rounding stands for.
+
+    A scale of 0, or one whose reciprocal is no normal number, leaves P as it is in the sum: the
+    token's weight counts whatever its values in this tile are.
+    """
+    weights, rounded = round_weights(p * scale[None, :])
     inverse = reciprocal(scale)[None, :]
     return weights, tl.sum(tl.where(inverse == 0.0, p, rounded * inverse), 1)
 
@@ -126,8 +133,10 @@ def attend_source(
     first,  # the entries of it to attend
     limit,
     tensor_scale_ptr,  # [1] float32, or None
-    page_stride,  # bytes
-    page_size,
+    page_magic,  # see page_of
+    page_shift,
+    page_gap,  # page stride less the token strides of a page, bytes
+    table_gap,  # the same for entries of the scale table, or None
     table,  # bytes from a page's start to its scale table, or None
     last_slot,  # num_slots - 1, at most 2^31 - 1; -1 for an empty cache
     value_block,
@@ -191,19 +200,21 @@ def attend_source(
             next_slot = load_slots(line, start + BLOCK_T + columns, limit)
         if PREFETCH:
             wanted = (asked_slot >= 0) & (asked_slot <= last_slot)
-            ahead = row_offset(asked_slot, page_size, page_stride, TOKEN_STRIDE, PACKED)
+            asked_page = page_of(asked_slot, page_magic, page_shift)
+            ahead = row_offset(asked_slot, asked_page, page_gap, TOKEN_STRIDE, PACKED)
             ahead += line_of_row * 128
             in_row = line_of_row < lines_of_row(LAYOUT)
             if LAYOUT.planar:
-                footer = footer_offset(asked_slot, page_size, page_stride, table, LAYOUT)
+                footer = footer_offset(asked_slot, asked_page, table_gap, table, LAYOUT)
                 ahead = tl.where(line_of_row == 7, footer, ahead)
                 in_row = in_row | (line_of_row == 7)
             prefetch(kv_ptr + ahead, wanted & in_row)
             asked_slot = load_slots(line, start + 2 * BLOCK_T + asked, limit)
-        rows = kv_ptr + row_offset(slot, page_size, page_stride, TOKEN_STRIDE, PACKED)
+        page = page_of(slot, page_magic, page_shift)
+        rows = kv_ptr + row_offset(slot, page, page_gap, TOKEN_STRIDE, PACKED)
         scales = rows
         if LAYOUT.planar:
-            scales = kv_ptr + footer_offset(slot, page_size, page_stride, table, LAYOUT)
+            scales = kv_ptr + footer_offset(slot, page, table_gap, table, LAYOUT)
         mask = ok[:, None]
 
         # Where registers are short the RoPE product comes first and frees its own (250 us against
@@ -272,8 +283,8 @@ def attend_source(
             if FACTOR:
                 p0, sum0 = tile_weights(p, factor)
             else:
-                p0 = to_bf16(p)
-                sum0 = tl.sum(p0.to(tl.float32), 1)
+                p0, rounded = round_weights(p)
+                sum0 = tl.sum(rounded, 1)
             p1, sum1 = p0, sum0
         total0 = total0 * decay + sum0
         if PER_TILE:
@@ -303,7 +314,11 @@ def attend_source(
         "splits",
         "split_size",
         "topk",
+        "page_magic",
+        "page_shift",
         "extra_topk",
+        "extra_page_magic",
+        "extra_page_shift",
     ]
 )
 def attend(
@@ -328,8 +343,10 @@ def attend(
     indices_stride_b,
     indices_stride_s,
     topk,
-    page_stride,
-    page_size,
+    page_magic,
+    page_shift,
+    page_gap,
+    table_gap,
     table,
     last_slot,
     extra_kv_ptr,  # the extra cache likewise; None where there is none
@@ -339,8 +356,10 @@ def attend(
     extra_indices_stride_b,
     extra_indices_stride_s,
     extra_topk,
-    extra_page_stride,
-    extra_page_size,
+    extra_page_magic,
+    extra_page_shift,
+    extra_page_gap,
+    extra_table_gap,
     extra_table,
     extra_last_slot,
     LAYOUT: tl.constexpr,  # KVLayout
@@ -406,8 +425,10 @@ def attend(
         first,
         tl.minimum(limit, first + split_size),
         tensor_scale_ptr,
-        page_stride,
-        page_size,
+        page_magic,
+        page_shift,
+        page_gap,
+        table_gap,
         table,
         last_slot,
         value_block,
@@ -437,8 +458,10 @@ def attend(
             tl.maximum(first, 0),
             tl.minimum(limit, first + split_size),
             extra_tensor_scale_ptr,
-            extra_page_stride,
-            extra_page_size,
+            extra_page_magic,
+            extra_page_shift,
+            extra_page_gap,
+            extra_table_gap,
             extra_table,
             extra_last_slot,
             value_block,

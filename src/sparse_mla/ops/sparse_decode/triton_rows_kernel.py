@@ -253,20 +253,24 @@ def load_slots(line, entry, limit):
 
 
 @triton.jit
-def row_offset(slot, page_size, page_stride, TOKEN_STRIDE: tl.constexpr, PACKED: tl.constexpr):
-    """Where a slot's row starts, bytes, int64."""
-    if PACKED:
-        return slot.to(tl.int64) * TOKEN_STRIDE
-    else:
-        offset = (slot // page_size).to(tl.int64) * page_stride
-        return offset + (slot % page_size).to(tl.int64) * TOKEN_STRIDE
+def page_of(slot, page_magic, page_shift):
+    """A slot's page, int64: slot // page_size by the launcher's numbers for it."""
+    return (slot.to(tl.int64) * page_magic) >> page_shift
 
 
 @triton.jit
-def footer_offset(slot, page_size, page_stride, table, LAYOUT: tl.constexpr):
+def row_offset(slot, page, page_gap, TOKEN_STRIDE: tl.constexpr, PACKED: tl.constexpr):
+    """Where a slot's row starts, bytes, int64; `page_gap`: what a page has beside its rows."""
+    offset = slot.to(tl.int64) * TOKEN_STRIDE
+    if not PACKED:
+        offset += page * page_gap
+    return offset
+
+
+@triton.jit
+def footer_offset(slot, page, table_gap, table, LAYOUT: tl.constexpr):
     """Where a slot's entry of its page's scale table starts, bytes, int64."""
-    offset = (slot // page_size).to(tl.int64) * page_stride + table
-    return offset + (slot % page_size).to(tl.int64) * LAYOUT.footer_bytes
+    return slot.to(tl.int64) * LAYOUT.footer_bytes + page * table_gap + table
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from .triton_rows_kernel import (
     column_dims,
     interleave,
     load_slots,
+    page_of,
     prefetch,
     rope_dims,
     row_offset,
@@ -166,7 +167,18 @@ def log2_sum(base, total):
     return tl.where(total > 0.0, exact, base + tl.log2(total))
 
 
-@triton.jit(do_not_specialize=["heads", "head_blocks", "s_q", "splits", "split_size", "topk"])
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "head_blocks",
+        "s_q",
+        "splits",
+        "split_size",
+        "topk",
+        "page_magic",
+        "page_shift",
+    ]
+)
 def attend_tokens_first(
     q_ptr,  # arguments as of triton_kernel.attend
     sink_ptr,
@@ -189,8 +201,10 @@ def attend_tokens_first(
     indices_stride_b,
     indices_stride_s,
     topk,
-    page_stride,
-    page_size,
+    page_magic,
+    page_shift,
+    page_gap,
+    table_gap,
     table,
     last_slot,
     LAYOUT: tl.constexpr,
@@ -273,10 +287,12 @@ def attend_tokens_first(
         slot = tl.where(ok, next_slot, 0)
         next_slot = load_slots(line, start + BLOCK_T + columns, limit)
         wanted = (asked_slot >= 0) & (asked_slot <= last_slot) & (line_of_row < 6)
-        ahead = row_offset(asked_slot, page_size, page_stride, TOKEN_STRIDE, PACKED)
+        asked_page = page_of(asked_slot, page_magic, page_shift)
+        ahead = row_offset(asked_slot, asked_page, page_gap, TOKEN_STRIDE, PACKED)
         prefetch(kv_ptr + (ahead + line_of_row * 128), wanted)
         asked_slot = load_slots(line, start + 2 * BLOCK_T + asked, limit)
-        rows = kv_ptr + row_offset(slot, page_size, page_stride, TOKEN_STRIDE, PACKED)
+        page = page_of(slot, page_magic, page_shift)
+        rows = kv_ptr + row_offset(slot, page, page_gap, TOKEN_STRIDE, PACKED)
         mask = ok[:, None]
 
         words0 = load_words(rows, 0, mask)
