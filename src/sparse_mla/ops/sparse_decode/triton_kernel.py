@@ -28,7 +28,6 @@ from .triton_rows_kernel import (
     any_scaled_outside,
     column_dims,
     decode_e4m3,
-    expand_tile,
     footer_offset,
     has_factor,
     lines_of_row,
@@ -222,23 +221,18 @@ def attend_source(
         ROPE_FIRST: tl.constexpr = SCALED and VALUE_BLOCKS == 2
         if ROPE and ROPE_FIRST:
             logits = dot(q_rope, tl.trans(load_rope(rows, mask, LAYOUT)), zero)
-        loaded0 = load_tile(rows, scales, mask, tile0, columns0, LAYOUT, False)
-        if SCALED:
-            k0 = expand_tile(loaded0, LAYOUT, False, INTERLEAVED, HARDWARE_FP8)
-        loaded1 = load_tile(rows, scales, mask, tile0 + 1, columns1, LAYOUT, False)
-        if SCALED:
-            k1 = expand_tile(loaded1, LAYOUT, False, INTERLEAVED, HARDWARE_FP8)
-        loaded2 = load_tile(rows, scales, mask, tile2, columns2, LAYOUT, False)
-        if SCALED:
-            k2 = expand_tile(loaded2, LAYOUT, False, INTERLEAVED, HARDWARE_FP8)
-        loaded3 = load_tile(rows, scales, mask, tile2 + 1, columns3, LAYOUT, MIXED)
-        if SCALED:
-            k3 = expand_tile(loaded3, LAYOUT, False, INTERLEAVED, HARDWARE_FP8)
-        else:
-            k0 = expand_tile(loaded0, LAYOUT, False, INTERLEAVED, HARDWARE_FP8)
-            k1 = expand_tile(loaded1, LAYOUT, False, INTERLEAVED, HARDWARE_FP8)
-            k2 = expand_tile(loaded2, LAYOUT, False, INTERLEAVED, HARDWARE_FP8)
-            k3 = expand_tile(loaded3, LAYOUT, MIXED, INTERLEAVED, HARDWARE_FP8)
+        k0 = load_tile(
+            rows, scales, mask, tile0, columns0, LAYOUT, False, INTERLEAVED, HARDWARE_FP8
+        )
+        k1 = load_tile(
+            rows, scales, mask, tile0 + 1, columns1, LAYOUT, False, INTERLEAVED, HARDWARE_FP8
+        )
+        k2 = load_tile(
+            rows, scales, mask, tile2, columns2, LAYOUT, False, INTERLEAVED, HARDWARE_FP8
+        )
+        k3 = load_tile(
+            rows, scales, mask, tile2 + 1, columns3, LAYOUT, MIXED, INTERLEAVED, HARDWARE_FP8
+        )
         if SCALED:
             scale0, scale1, scale2, scale3 = load_scales(rows, mask, value_block, LAYOUT)
             if ROPE and not ROPE_FIRST:

@@ -329,54 +329,42 @@ def load_tile(
     columns,  # its tile_columns
     LAYOUT: tl.constexpr,
     MIXED: tl.constexpr,  # the second half of the tile is the RoPE part
-):
-    """A tile of each token as it is stored: values, scales, RoPE part; a dummy for what is not."""
-    if LAYOUT.latent.dtype == "bf16":
-        rows = rows.to(tl.pointer_type(tl.bfloat16))
-    values = tl.load(rows[:, None] + columns, mask=mask, other=0)
-    scale = values
-    if exact_scales(LAYOUT) != "":
-        number = (tl.arange(0, 128 // LAYOUT.tile) + tile * (128 // LAYOUT.tile))[None, :]
-        at = (scales + LAYOUT.scales.offset)[:, None] + number
-        scale = tl.load(at, mask=mask & (number < LAYOUT.scales.count), other=0)
-    rope = values
-    if MIXED:
-        rope = load_rope(rows, mask, LAYOUT)
-    return values, scale, rope
-
-
-@triton.jit
-def expand_tile(
-    loaded,
-    LAYOUT: tl.constexpr,
-    MIXED: tl.constexpr,
     INTERLEAVED: tl.constexpr,  # columns in the order of `column_dims`
     HARDWARE_FP8: tl.constexpr,
 ):
     """[T, 128] bf16; to be multiplied by `load_scales` or `load_factors` where there are any."""
-    k, scale, rope = loaded
+    if LAYOUT.latent.dtype == "bf16":
+        rows = rows.to(tl.pointer_type(tl.bfloat16))
+    k = tl.load(rows[:, None] + columns, mask=mask, other=0)
     if LAYOUT.quantised:
-        T: tl.constexpr = k.shape[0]
         if LAYOUT.latent.dtype == "e2m1":
             k = decode_e2m1(k)
         else:
             k = decode_e4m3(k, HARDWARE_FP8)
         if MIXED:
-            k = tl.reshape(tl.permute(tl.join(k, rope), [0, 2, 1]), [T, 128])
+            halves = tl.join(k, load_rope(rows, mask, LAYOUT))
+            k = tl.reshape(tl.permute(halves, [0, 2, 1]), [rows.shape[0], 128])
         if exact_scales(LAYOUT) != "":
-            if exact_scales(LAYOUT) == "ue8m0":
-                scale = decode_ue8m0(scale)
-            else:
-                scale = decode_e4m3(scale, HARDWARE_FP8)
-            if MIXED:
-                # The compiler hands a joined tile over twice, in two orders, but not a product.
-                number = tl.arange(0, scale.shape[1])[None, :]
-                scale = tl.where(number < scale.shape[1] // 2, scale, 1.0).to(tl.bfloat16)
-            wide = tl.broadcast_to(scale[:, :, None], [T, scale.shape[1], LAYOUT.tile])
-            k = times(k, tl.reshape(wide, [T, 128]))
+            k = times(k, load_exact_scales(scales, mask, tile, LAYOUT, HARDWARE_FP8))
         if INTERLEAVED:
             k = interleave(k)
     return k
+
+
+@triton.jit
+def load_exact_scales(scales, mask, tile, LAYOUT: tl.constexpr, HARDWARE_FP8: tl.constexpr):
+    """[T, 128] bf16: the scales of a tile's values, 1 for those of its RoPE part."""
+    TILES: tl.constexpr = 128 // LAYOUT.tile
+    number = (tl.arange(0, TILES) + tile * TILES)[None, :]
+    at = (scales + LAYOUT.scales.offset)[:, None] + number
+    code = tl.load(at, mask=mask & (number < LAYOUT.scales.count), other=0)
+    if exact_scales(LAYOUT) == "ue8m0":
+        scale = decode_ue8m0(code)
+    else:
+        scale = decode_e4m3(code, HARDWARE_FP8)
+    scale = tl.where(number < LAYOUT.scales.count, scale, 1.0).to(tl.bfloat16)
+    wide = tl.broadcast_to(scale[:, :, None], [scales.shape[0], TILES, LAYOUT.tile])
+    return tl.reshape(wide, [scales.shape[0], 128])
 
 
 @triton.jit
