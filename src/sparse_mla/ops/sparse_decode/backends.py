@@ -6,7 +6,6 @@ from ...arch import Arch
 from ...dispatch import Backend, Request
 from ...kv_layout import LAYOUTS
 
-TRITON_LAYOUTS = ("v32_fp8", "bf16", "bf16_nope")
 # Layouts whose values are bf16 numbers once expanded; an extra cache has the same layout.
 SM90_EXPANDED = ("v4_fp8",)
 SM90_LAYOUTS = ("v32_fp8", "bf16", "bf16_nope", *SM90_EXPANDED)
@@ -25,10 +24,9 @@ def triton_version(machine: Arch) -> tuple[int, ...]:
 def triton_supports(request: Request, machine: Arch) -> tuple[bool, str]:
     if machine.triton is None:
         return False, "triton is not installed"
-    if request.layout not in TRITON_LAYOUTS:
-        return False, f"has no kernel for layout {request.layout}"
-    if request.extra_layout:
-        return False, "has no kernel for an extra cache"
+    for layout in (request.layout, request.extra_layout):
+        if layout and layout not in LAYOUTS:
+            return False, f"has no kernel for layout {layout}"
     if triton_version(machine) < MIN_TRITON:
         return False, f"triton is {machine.triton}, needs {'.'.join(map(str, MIN_TRITON))} or newer"
     if machine.device == "cpu":
