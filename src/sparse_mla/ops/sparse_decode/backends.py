@@ -21,12 +21,22 @@ def triton_version(machine: Arch) -> tuple[int, ...]:
     return tuple(int(part) for part in parts if part.isdigit())
 
 
+def reads(request: Request) -> tuple[bool, str]:
+    """Whether code that takes any layout of `LAYOUTS` can read the request's caches."""
+    for layout in (request.layout, request.extra_layout):
+        if layout and layout not in LAYOUTS:
+            return False, f"has no code for {layout}"
+    if LAYOUTS[request.layout].extra_only:
+        return False, f"{request.layout} is a layout of extra caches only"
+    return True, "reads every layout"
+
+
 def triton_supports(request: Request, machine: Arch) -> tuple[bool, str]:
     if machine.triton is None:
         return False, "triton is not installed"
-    for layout in (request.layout, request.extra_layout):
-        if layout and layout not in LAYOUTS:
-            return False, f"has no kernel for layout {layout}"
+    ok, reason = reads(request)
+    if not ok:
+        return False, reason
     if triton_version(machine) < MIN_TRITON:
         return False, f"triton is {machine.triton}, needs {'.'.join(map(str, MIN_TRITON))} or newer"
     if machine.device == "cpu":
@@ -64,11 +74,9 @@ def sm90_supports(request: Request, machine: Arch) -> tuple[bool, str]:
 def cpu_supports(request: Request, machine: Arch) -> tuple[bool, str]:
     if machine.device != "cpu":
         return False, f"tensors are on {machine.device}"
-    if request.layout in LAYOUTS and LAYOUTS[request.layout].extra_only:
-        return False, f"{request.layout} is a layout of extra caches only"
-    for layout in (request.layout, request.extra_layout):
-        if layout and layout not in LAYOUTS:
-            return False, f"has no code for {layout}"
+    ok, reason = reads(request)
+    if not ok:
+        return False, reason
     return True, "torch on CPU threads, float32 arithmetic"
 
 
