@@ -14,8 +14,11 @@ from .ops.sparse_decode.config import launch_for
 def print_answers(request: Request, machine: Arch, answers: list[Answer], console: Console) -> None:
     """A table of backends: which one runs, and each one's reason."""
     triton = machine.triton or "not installed"
+    cache = request.layout
+    if request.extra_layout:
+        cache += f" + {request.extra_layout}"
     console.print(
-        f"{request.op}, cache {request.layout}, {request.heads} heads, {request.tokens} query "
+        f"{request.op}, cache {cache}, {request.heads} heads, {request.tokens} query "
         f"tokens, topk {request.topk}, on {machine.name}, triton {triton}"
     )
     table = Table("backend", "answer", "reason")

@@ -67,7 +67,7 @@ def test_cpu(op: str) -> None:
     [
         (REQUEST, replace(H200, triton="3.9.0"), "triton is 3.9.0"),
         (replace(REQUEST, alignment=4), H200, "aligned to 4 bytes"),
-        (replace(REQUEST, layout="v4_fp8"), H200, "no kernel for layout v4_fp8"),
+        (replace(REQUEST, layout="v41_fp8_planar"), H200, "no kernel for layout v41_fp8_planar"),
         (REQUEST, MACHINES["sm_100"], "Hopper"),
         (REQUEST, replace(H200, hip=True), "Hopper"),
         (REQUEST, replace(H200, triton=None), "triton is not installed"),
@@ -82,6 +82,15 @@ def test_reasons_of_sm90(op: str, request_: Request, machine: Arch, reason: str)
     assert "sm90" not in chosen(asked, machine)
     with pytest.raises(NotImplementedError, match=re.escape(said)):
         dispatch.choose(asked, machine, "sm90")
+
+
+def test_extra_caches_on_sm90() -> None:
+    v4 = replace(REQUEST, layout="v4_fp8")
+    assert chosen(v4, H200) == ["sm90"]
+    assert chosen(replace(v4, extra_layout="v4_fp8"), H200) == ["sm90"]
+    for layout, extra in (("v4_fp8", "v32_fp8"), ("v32_fp8", "v32_fp8"), ("bf16", "v4_fp8")):
+        ok, said = answer("sm90", replace(REQUEST, layout=layout, extra_layout=extra), H200)
+        assert not ok and layout in said and extra in said
 
 
 @pytest.mark.parametrize(
@@ -133,6 +142,12 @@ def test_a_layout_without_a_kernel(machine: Arch) -> None:
     assert answer("cpu", beside, CPU) == (False, "has no code for v5_fp8")
 
 
+def test_a_layout_of_extra_caches_only_stands_beside_another() -> None:
+    for name, layout in LAYOUTS.items():
+        assert answer("cpu", replace(REQUEST, layout=name), CPU)[0] != layout.extra_only
+        assert answer("cpu", replace(REQUEST, extra_layout=name), CPU)[0]
+
+
 def test_launches_by_machine_and_rows() -> None:
     v32, v4, nvfp4, bf16 = (
         LAYOUTS[name] for name in ("v32_fp8", "v4_fp8", "nvfp4_bf16_rope", "bf16")
@@ -169,13 +184,13 @@ def test_pages_by_multiplication(page_size: int) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
 def test_triton_reads_every_layout(layout: KVLayout) -> None:
-    """Alone, and every one beside it."""
+    """Alone, and every one beside it; the extra cache's own layouts only there."""
     alone = replace(REQUEST, layout=layout.name)
     for asked in (alone, *(replace(alone, extra_layout=name) for name in LAYOUTS)):
         ok, reason = answer("triton", asked, H200)
-        assert ok and reason
+        assert ok != layout.extra_only and reason
     beside = replace(alone, extra_layout="v5_fp8")
-    assert answer("triton", beside, H200) == (False, "has no kernel for layout v5_fp8")
+    assert answer("triton", beside, H200) == (False, "has no code for v5_fp8")
 
 
 def test_a_backend_asked_for_by_name_runs_or_raises() -> None:
