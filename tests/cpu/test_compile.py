@@ -96,16 +96,31 @@ def test_flash_mla_names_in_one_graph() -> None:
     equal(compiled(call.q, call.indices), step(call.q, call.indices))
 
 
-def decode_arguments(call: Call) -> tuple[Any, ...]:
-    cache, options = call.cache, call.options
+def shared_arguments(call: Call) -> tuple[Any, ...]:
+    options = call.options
     return (
-        call.q, cache.pages, cache.layout.name, cache.page_size, cache.token_stride, call.indices,
-        options.get("topk_length"), options.get("attn_sink"), 0.05, 0, False, "",
+        call.q, *parts(call.cache), call.indices,
+        options.get("topk_length"), options.get("attn_sink"), 0.05,
+    )  # fmt: skip
+
+
+def parts(cache: KVCache | None) -> tuple[Any, ...]:
+    if cache is None:
+        return None, "", 0, 0, None
+    layout, scale = cache.layout.name, cache.tensor_scale
+    return cache.pages, layout, cache.page_size, cache.token_stride, scale
+
+
+def decode_arguments(call: Call) -> tuple[Any, ...]:
+    options = call.options
+    extra = options.get("extra_indices"), options.get("extra_topk_length")
+    return (
+        *shared_arguments(call), 0, False, "", *parts(options.get("extra_cache")), *extra
     )  # fmt: skip
 
 
 def prefill_arguments(call: Call) -> tuple[Any, ...]:
-    return (*decode_arguments(call)[:9], "")
+    return (*shared_arguments(call), "")
 
 
 @pytest.mark.parametrize("options", [False, True])

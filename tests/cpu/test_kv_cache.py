@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_kv_layout import planar_layout
 
-from drawn import generator
+from drawn import generator, scale_of
 from sparse_mla import KVCache
 from sparse_mla.kv_layout import LAYOUTS, KVLayout
 
@@ -22,15 +22,21 @@ def tokens(
     return torch.randn(n, layout.latent.count, generator=made), rope
 
 
+def packed(
+    layout: KVLayout, latent: torch.Tensor, rope: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return layout.pack(latent, rope, tensor_scale=scale_of(layout))
+
+
 def unpacked(layout: KVLayout, latent: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
-    return layout.unpack(*layout.pack(latent, rope))
+    return layout.unpack(*packed(layout, latent, rope), tensor_scale=scale_of(layout))
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 @pytest.mark.parametrize("layout", [*LAYOUTS, "planar"])
 def test_append_then_read(layout: str, page_size: int) -> None:
     kind = planar_layout() if layout == "planar" else LAYOUTS[layout]
-    cache = KVCache.empty(3, page_size, kind)
+    cache = KVCache.empty(3, page_size, kind, tensor_scale=scale_of(kind))
     assert cache.num_pages == 3 and cache.num_slots == 3 * page_size
     latent, rope = tokens(cache.num_slots, kind)
     order = torch.randperm(cache.num_slots, generator=generator(1))
@@ -41,11 +47,12 @@ def test_append_then_read(layout: str, page_size: int) -> None:
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
-@pytest.mark.parametrize("layout", ["v32_fp8", "planar"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "planar"])
 def test_append_touches_its_slots_and_nothing_else(layout: str, page_size: int) -> None:
     kind = planar_layout() if layout == "planar" else LAYOUTS[layout]
     stride = -(-kind.page_bytes(page_size) // 16) * 16 + 48
-    cache = KVCache.empty(4, page_size, kind, page_stride=stride)
+    scale = scale_of(kind)
+    cache = KVCache.empty(4, page_size, kind, page_stride=stride, tensor_scale=scale)
     pool = cache.pages.as_strided((4, stride), (stride, 1))
     pool.copy_(torch.randint(0, 256, pool.shape, generator=generator(2)))
     before = pool.clone()
@@ -56,7 +63,7 @@ def test_append_touches_its_slots_and_nothing_else(layout: str, page_size: int) 
     cache.append(latent, rope, slots)
 
     # The same writes with byte offsets worked out by hand.
-    rows, footers = kind.pack(latent, rope)
+    rows, footers = packed(kind, latent, rope)
     for i, slot in enumerate(slots.tolist()):
         if slot < 0:
             continue

@@ -8,14 +8,8 @@ import pytest
 import torch
 
 from drawn import generator
-from sparse_mla.kv_layout import (
-    E4M3_MAX,
-    LAYOUTS,
-    Field,
-    KVLayout,
-    get_layout,
-    quantise_e4m3,
-)
+from sparse_mla.kv_layout import LAYOUTS, Field, KVLayout, get_layout
+from sparse_mla.kv_quantise import E4M3_MAX, quantise_e4m3
 
 V32 = LAYOUTS["v32_fp8"]
 
@@ -161,8 +155,20 @@ def test_sizes_are_those_of_the_format_table() -> None:
         "v32_fp8": (656, 576, 512),
         "bf16": (1152, 576, 512),
         "bf16_nope": (1024, 512, 512),
+        "v4_fp8": (584, 512, 512),
+        "v41_fp8_planar": (528, 512, 512),
+        "v41_fp8_inline": (528, 512, 512),
+        "v41_fp4_planar": (288, 512, 512),
+        "v41_fp4_inline": (288, 512, 512),
+        "glm53_nope_fp8": (528, 512, 512),
+        "glm53_nope_nvfp4": (304, 512, 512),
+        "nvfp4_bf16_rope": (416, 576, 512),
+        "fp8_tensor": (576, 576, 512),
     }
-    assert not any(layout.planar for layout in LAYOUTS.values())
+    planar = {"v4_fp8": 576, "v41_fp8_planar": 512, "v41_fp4_planar": 512}
+    assert {n: la.page_multiple for n, la in LAYOUTS.items() if la.planar} == planar
+    assert {n for n, la in LAYOUTS.items() if la.extra_only} == {"v41_fp4_planar", "v41_fp4_inline"}
+    assert {n for n, la in LAYOUTS.items() if la.tensor_scale} == {"nvfp4_bf16_rope", "fp8_tensor"}
 
 
 def planar_layout(page_multiple: int = 640) -> KVLayout:
