@@ -127,7 +127,7 @@ class RowReader:
             factors = [product]
         else:
             # One of them may be too large for the power alone: the values still need not be.
-            factors.insert(0, torch.full((1, 1), self.power))
+            factors.insert(0, torch.full((1, 1), self.power, dtype=torch.float32, device="cpu"))
         latent = rows[:, : layout.latent.count]
         for factor in factors:
             tiles = factor.shape[1]
