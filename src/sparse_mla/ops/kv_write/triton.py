@@ -50,7 +50,7 @@ def run(
         return
     latent = _rows(latent)
     rope = None if rope is None else _rows(rope)
-    machine = arch.of(cache.device)
+    machine, size = arch.of(cache.device), cache.page_size
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(cache.pages):
         write_tokens[(triton.cdiv(n, launch.block_n),)](
@@ -63,8 +63,10 @@ def run(
             latent.stride(0),
             0 if rope is None else rope.stride(0),
             cache.num_slots,
-            cache.page_size,
+            size,
             cache.pages.stride(0),
+            size * cache.layout.row_bytes,
+            PAGE_SHIFT=size.bit_length() - 1 if size & (size - 1) == 0 else -1,
             FEW_SLOTS=cache.num_slots < 2**31,
             TOKEN_STRIDE=cache.token_stride,
             HARDWARE_FP8=machine.capability is not None and machine.capability >= (8, 9),
@@ -92,7 +94,6 @@ def constants(layout: KVLayout, scale_rounding: str) -> dict[str, Any]:
         row_fields.append(layout.scales)
     scale = "" if layout.scales is None else layout.scales.dtype
     return {
-        "ROW_BYTES": layout.row_bytes,
         "FOOTER_BYTES": layout.footer_bytes,
         "NUMBER": layout.latent.dtype,
         "SCALE": scale,
