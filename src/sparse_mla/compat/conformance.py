@@ -485,7 +485,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     there = [s.name for s in SUITES.values() if (given.checkout / s.file).exists()]
     for name in given.suites:
         if name not in SUITES:

@@ -100,13 +100,13 @@ def write_tokens(
             if tensor_scale is not None:
                 outer = tl.load(tensor_scale)
             scale = e2m1_scale(amax, outer)
-            code = to_e2m1(quotient(x, scale * outer))
+            q, sign = quotient(x, scale * outer)
+            code = to_e2m1(q, sign)
             even, odd = tl.split(tl.reshape(code, [BLOCK_N, TILES, TILE // 2, 2]))
             half = tile * (TILE // 2) + tl.arange(0, TILE // 2)[None, None, :]
             tl.store(row[:, None, None] + half, (even | (odd << 4)).to(tl.uint8), mask=mask)
-            finite = tl.abs(x) < float("inf")
-            lost = tl.max(tl.where(finite, 0, 1), axis=2, keep_dims=True) > 0
-            stored = tl.where(lost, float("nan"), scale)
+            largest = tl.max(x.to(tl.uint32, bitcast=True) << 1, axis=2, keep_dims=True)
+            stored = tl.where(largest >= 0xFF000000, float("nan"), scale)
             store_scales(footer, stored, keep, SCALE, SCALES_AT, COUNT, TILES)
 
     if D_ROPE:
@@ -213,14 +213,15 @@ def e2m1_scale(amax, outer):
 
 @triton.jit
 def quotient(x, divisor):
-    """x / divisor as IEEE has it where that is of any size; x over an inverse where it is not.
+    """x / divisor as IEEE has it, but for a sign of zero and infinity; and one with the right sign.
 
     One division a tile, then Markstein's two corrections: each takes the exact remainder, which
-    small divisors are scaled up for, as it has to be a normal number. Right if |divisor| is between
-    2^-126 and 2^126, or else not corrected.
+    small divisors are scaled up for, as it has to be a normal number. A zero loses its sign and
+    infinity becomes NaN in them, so the uncorrected quotient goes along; it is NaN only where x is.
+    |divisor| is between 2^-126 and 2^126.
     """
     if INTERPRET:
-        return x / divisor
+        return x / divisor, x / divisor
     else:
         up = tl.where(tl.abs(divisor) < 8.673617379884035e-19, 1.8446744073709552e19, 1.0)
         divisor = divisor * up
@@ -228,9 +229,7 @@ def quotient(x, divisor):
         x = x * up
         first = x * inverse
         q = tl.fma(tl.fma(-first, divisor, x), inverse, first)
-        q = tl.fma(tl.fma(-q, divisor, x), inverse, q)
-        # A zero would lose its sign; what is infinite is no quotient to correct.
-        return tl.where((x != 0.0) & (tl.abs(first) < 1e9), q, first)
+        return tl.fma(tl.fma(-q, divisor, x), inverse, q), first
 
 
 # x / scale between two products with an inverse that is a little too small, $5 to $8, or too large,
@@ -362,13 +361,16 @@ def to_e4m3(x):
 
 
 @triton.jit
-def to_e2m1(x):
-    """float32 as e2m1 codes, int32, to nearest, ties to the even code, saturated; NaN as 0."""
+def to_e2m1(x, sign):
+    """float32 as e2m1 codes, int32, to nearest, ties to the even code, saturated.
+
+    `sign` has the sign; where it is NaN the code is 0, where only x is, it is the largest.
+    """
     size = tl.minimum(tl.abs(x), 6.0)
     bits = size.to(tl.int32, bitcast=True)
     normal = ((bits + 0x1FFFFF + ((bits >> 22) & 1)) >> 22) - 252
     # Below 1 codes are multiples of a half: the spacing of float32 at 2^22.
     small = (size + 4194304.0).to(tl.int32, bitcast=True) - 0x4A800000
     code = tl.where(size < 1.0, small, normal)
-    sign = (x.to(tl.int32, bitcast=True) >> 28) & 8
-    return tl.where(x == x, code | sign, 0)
+    code = code | ((sign.to(tl.int32, bitcast=True) >> 28) & 8)
+    return tl.where(sign == sign, code, 0)
