@@ -94,14 +94,16 @@ def other_tokens_for_each_query(layout: str) -> Call:
 
 
 def very_negative_logits(layout: str) -> Call:
-    """Every logit is exactly -65536: below any mask sentinel, weights still equal."""
+    """Every logit is the same, -65536 or near it: below any mask sentinel, weights equal."""
     call = decode_call(layout, heads=3, topk=70)
     n = call.cache.num_slots
-    rope = call.cache.layout.rope
-    latent = torch.randn(n, 512, generator=generator(12))
+    kind = call.cache.layout
+    rope = kind.rope
+    latent = torch.randn(n, kind.latent.count, generator=generator(12))
     latent[:, :128] = 0.0
     latent[:, 0] = 256.0
-    cache = KVCache.empty(call.cache.num_pages, call.cache.page_size, layout)
+    scale = torch.ones(1) if kind.tensor_scale else None
+    cache = KVCache.empty(call.cache.num_pages, call.cache.page_size, layout, tensor_scale=scale)
     cache.append(
         latent, torch.zeros(n, 64) if rope else None, torch.arange(n), scale_rounding="pow2"
     )

@@ -62,7 +62,8 @@ class Field:
         elif self.dtype == "ue8m0":
             raw = encode_ue8m0(values)
         else:
-            raw = values.to(_TORCH_DTYPES[self.dtype]).contiguous().view(torch.uint8)
+            flat = values.to(_TORCH_DTYPES[self.dtype]).reshape(-1)
+            raw = flat.view(torch.uint8).view(-1, self.nbytes)
         rows[:, self.offset : self.offset + self.nbytes] = raw
 
 

@@ -129,6 +129,12 @@ def test_opcheck_decode(options: bool) -> None:
     torch.library.opcheck(torch.ops.sparse_mla.sparse_decode.default, decode_arguments(call))
 
 
+@pytest.mark.parametrize(("main", "extra"), [("v4_fp8", "v4_fp8"), ("fp8_tensor", "bf16")])
+def test_opcheck_decode_over_two_caches(main: str, extra: str) -> None:
+    call = decode_call(main, heads=4, topk=40, lengths=True, sink=True, extra_layout=extra)
+    torch.library.opcheck(torch.ops.sparse_mla.sparse_decode.default, decode_arguments(call))
+
+
 @pytest.mark.parametrize("options", [False, True])
 def test_opcheck_prefill(options: bool) -> None:
     call = prefill_call(heads=4, topk=40, lengths=options, sink=options)
@@ -141,11 +147,13 @@ def test_fakes_promise_what_the_ops_do(strided: bool) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     call = decode_call(b=3, heads=4, topk=40, s_q=2)
+    two = decode_call("v4_fp8", b=3, heads=4, topk=40, s_q=2, extra_layout="v4_fp8")
     if strided:
         call.q = call.q.transpose(0, 1).contiguous().transpose(0, 1)
     flat = prefill_call(heads=4, topk=40)
     for op, arguments in (
         (torch.ops.sparse_mla.sparse_decode, decode_arguments(call)),
+        (torch.ops.sparse_mla.sparse_decode, decode_arguments(two)),
         (torch.ops.sparse_mla.sparse_prefill, prefill_arguments(flat)),
     ):
         real = op(*arguments)

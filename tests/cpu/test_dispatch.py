@@ -13,7 +13,7 @@ from drawn import decode_call, prefill_call
 from sparse_mla import arch, dispatch
 from sparse_mla.arch import Arch
 from sparse_mla.dispatch import Request
-from sparse_mla.kv_layout import get_layout
+from sparse_mla.kv_layout import LAYOUTS, get_layout
 
 # The Hopper kernels run with Triton 3.6, the portable ones with anything newer too.
 H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, "3.6.0", False)
@@ -143,6 +143,12 @@ def test_a_layout_without_a_kernel(machine: Arch) -> None:
     assert answer("cpu", replace(REQUEST, layout="v5_fp8"), CPU)[1] == "has no code for v5_fp8"
     beside = replace(REQUEST, extra_layout="v5_fp8")
     assert answer("cpu", beside, CPU) == (False, "has no code for v5_fp8")
+
+
+def test_a_layout_of_extra_caches_only_stands_beside_another() -> None:
+    for name, layout in LAYOUTS.items():
+        assert answer("cpu", replace(REQUEST, layout=name), CPU)[0] != layout.extra_only
+        assert answer("cpu", replace(REQUEST, extra_layout=name), CPU)[0]
 
 
 def test_a_backend_asked_for_by_name_runs_or_raises() -> None:

@@ -61,6 +61,8 @@ def sm90_supports(request: Request, machine: Arch) -> tuple[bool, str]:
 def cpu_supports(request: Request, machine: Arch) -> tuple[bool, str]:
     if machine.device != "cpu":
         return False, f"tensors are on {machine.device}"
+    if request.layout in LAYOUTS and LAYOUTS[request.layout].extra_only:
+        return False, f"{request.layout} is a layout of extra caches only"
     for layout in (request.layout, request.extra_layout):
         if layout and layout not in LAYOUTS:
             return False, f"has no code for {layout}"

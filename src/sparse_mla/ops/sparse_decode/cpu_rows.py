@@ -120,22 +120,22 @@ class RowReader:
             factors.append(_numbers(layout.outer, raw))
         if self.tensor_scale is not None:
             factors.append(self.tensor_scale.view(1, 1))
-        product = factors[0] * self.power
+        product = factors[0]
         for factor in factors[1:]:
             product = product * factor
-        if float(product.abs().amax()) < math.inf:
-            factors = [product]
-        else:
-            # One of them may be too large for the power alone: the values still need not be.
-            factors.insert(0, torch.full((1, 1), self.power, dtype=torch.float32, device="cpu"))
         latent = rows[:, : layout.latent.count]
-        for factor in factors:
-            tiles = factor.shape[1]
-            if tiles == 1:
-                latent.mul_(factor)
-            else:
-                shape = (count, self.planes, tiles, layout.tile // self.planes)
-                latent.view(shape).mul_(factor[:, None, :, None])
+        scaled = product * self.power
+        if not float(scaled.abs().amax()) < math.inf:
+            # Some scale is too large for the power, its values need not be. Powers of two are
+            # exact, so every row has the same bits either way.
+            latent.mul_(self.power)
+            scaled = product
+        tiles = scaled.shape[1]
+        if tiles == 1:
+            latent.mul_(scaled)
+        else:
+            shape = (count, self.planes, tiles, layout.tile // self.planes)
+            latent.view(shape).mul_(scaled[:, None, :, None])
 
 
 class _Table:
