@@ -170,7 +170,16 @@ def test_the_command(tmp_path: Path) -> None:
     checkout(tmp_path, wrong="(3,)")
     out = tmp_path / "result.json"
     command = [sys.executable, "-m", "sparse_mla.compat.conformance", str(tmp_path), "--quiet"]
-    command += ["sparse_decode", "--processes", "2", "--keep-going", "--json", str(out), "--commit", "abc1234"]
+    command += [
+        "sparse_decode",
+        "--processes",
+        "2",
+        "--keep-going",
+        "--json",
+        str(out),
+        "--commit",
+        "abc1234",
+    ]
     environment = {"PYTHONPATH": str(SOURCE), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1, done.stderr
