@@ -177,6 +177,16 @@ def call_prefill(
     run(q, cache, indices, lengths, sink, 0.1)
 
 
+def call_write(run: Callable[..., object], layout: str) -> None:
+    """The cache's writer, from bf16 tokens."""
+    chosen = LAYOUTS[layout]
+    scale = torch.ones(1) if chosen.tensor_scale else None
+    cache = KVCache.empty(4, 64, chosen, tensor_scale=scale)
+    latent = torch.empty(100, chosen.latent.count, dtype=torch.bfloat16)
+    rope = torch.empty(100, chosen.rope.count, dtype=torch.bfloat16) if chosen.rope else None
+    run(cache, latent, rope, torch.empty(100, dtype=torch.int64), "amax")
+
+
 def _cache(layout: str, page_size: int, options: bool) -> KVCache:
     kind = LAYOUTS[layout]
     stride = (kind.page_bytes(page_size) + 2**17) // 16 * 16 if options else None
@@ -218,6 +228,9 @@ def builds() -> list[Build]:
                 found[key] = Build(name, capability, one)
 
     for capability in CAPABILITIES:
+        write = _backend("kv_write", "triton")
+        for layout in LAYOUTS:
+            collect(capability, f"triton-write-{layout}", call_write, write, layout)
         run = _backend("decode", "triton")
         for layout in ("v32_fp8", "bf16", "bf16_nope"):
             for heads in (16, 32, 64, 128):
@@ -249,6 +262,8 @@ def _collect_sm90(collect: Callable[..., None]) -> None:
     here = (9, 0)
     decode, prefill = _backend("decode", "sm90"), _backend("prefill", "sm90")
     for w in GPU_WORKLOADS:
+        if w.op == "kv_write":
+            continue
         label = f"sm90-{w.op}-{w.layout}-h{w.h_q}-b{w.b}x{w.s_q}"
         if w.op == "decode":
             shape = (w.layout, w.b, w.s_q, w.h_q, w.topk, False)

@@ -55,6 +55,10 @@ def _cache(layout: str) -> KVCache:
     return cache
 
 
+def _write(layout: str) -> None:
+    _cache(layout)
+
+
 def _decode(backend: str, heads: int, layout: str = "v32_fp8", extra: str = "") -> None:
     cache = _cache(layout)
     q = torch.randn(2, 2, heads, cache.layout.d_qk, device="cuda", dtype=torch.bfloat16)
@@ -80,6 +84,9 @@ CASES: dict[str, Callable[[], None]] = {
     "decode-triton-16": lambda: _decode("triton", 16),
     "decode-triton-bf16-64": lambda: _decode("triton", 64, "bf16"),
     "decode-triton-v4_fp8-64": lambda: _decode("triton", 64, "v4_fp8", "v4_fp8"),
+    "write-v32_fp8": lambda: _write("v32_fp8"),
+    "write-v4_fp8": lambda: _write("v4_fp8"),
+    "write-glm53_nope_nvfp4": lambda: _write("glm53_nope_nvfp4"),
     "prefill-sm90-16": lambda: _prefill("sm90", 16),
     "prefill-sm90-64": lambda: _prefill("sm90", 64),
 }
