@@ -13,8 +13,8 @@ from sparse_mla.evals.problems.vocabulary import EOS, PAD, PATTERN, UNKNOWN, voc
 from .config import write_config
 from .model import TinyGlm5
 
-# transformers keeps these in float32 when it loads the model in bf16.
-_FLOAT32 = ("indexer.weights_proj.weight", "e_score_correction_bias")
+# transformers keeps it in float32 when it loads the model in bf16.
+_FLOAT32 = "e_score_correction_bias"
 
 
 def hub_tensors(model: TinyGlm5) -> dict[str, torch.Tensor]:

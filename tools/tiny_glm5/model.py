@@ -315,11 +315,18 @@ class TinyGlm5(nn.Module):
             drawn = torch.randn(weight.shape, generator=generator) * std
             weight.data.copy_(drawn)
 
+    def round_weights(self) -> None:
+        """To bf16, in place, as a checkpoint has them."""
+        for weight in self.parameters():
+            weight.data = weight.data.to(torch.bfloat16)
+
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin [B or 1, S, 1, 32] at positions [B or 1, S]."""
         width = self.shape.qk_rope_head_dim
         steps = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device)
-        angle = positions.float().unsqueeze(-1) / self.shape.rope_theta ** (steps / width)
+        # transformers' order of operations: an ulp of a frequency is 1e-4 of an angle 1000 tokens on.
+        frequency = 1.0 / self.shape.rope_theta ** (steps / width)
+        angle = positions.float().unsqueeze(-1) * frequency
         return angle.cos().to(self.dtype).unsqueeze(2), angle.sin().to(self.dtype).unsqueeze(2)
 
     def forward(self, tokens: torch.Tensor, run: Run) -> tuple[torch.Tensor, list, list]:

@@ -190,9 +190,7 @@ class Trainer:
         rounded = TinyGlm5(self.model.shape, self.model.dtype).to(self.device)
         rounded.load_state_dict(self.model.state_dict())
         if self.device.type == "cuda":
-            for name, weight in rounded.named_parameters():
-                if "weights_proj" not in name:
-                    weight.data = weight.data.to(torch.bfloat16)
+            rounded.round_weights()
         begun = time.monotonic()
         asked = held_out(count, self.text.templates)
         share, wrong = accuracy(rounded, asked, sparse=sparse, rows=rows)

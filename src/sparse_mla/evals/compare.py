@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .log import Answered, Log
-from .statistics import mcnemar
+from .shares import mcnemar
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .statistics import Share, wilson
+from .shares import Share, wilson
 
 FORMAT = "sparse_mla.eval/1"
 

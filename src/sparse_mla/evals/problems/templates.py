@@ -406,8 +406,8 @@ TEMPLATES: tuple[Template, ...] = (
         ),
     ),
     Template(
-        "candle_minutes",
-        ("X of boy", "d of day", "a 10..50", "b 5..40", "n 2..6"),
+        "piano_minutes",
+        ("X of boy", "a 10..50", "b 5..40", "n 2..6"),
         "{X} plays the piano for {a} minutes each morning and {b} minutes each evening. How many "
         "minutes does he play in {n} days if he skips one evening?",
         (
@@ -418,7 +418,7 @@ TEMPLATES: tuple[Template, ...] = (
     ),
     Template(
         "stock_boxes",
-        ("X of girl", "t of wear", "b of box", "n 3..9", "k 5..30", "s 10..90", "r 5..60"),
+        ("X of girl", "t of wear", "n 3..9", "k 5..30", "s 10..90", "r 5..60"),
         "A store has {n} boxes of {t} with {k} in each. {X} sells {s} {t} and gets {r} back. How "
         "many {t} are in the store?",
         (
