@@ -186,7 +186,7 @@ def test_kl_of_known_predictions():
 def test_the_bootstrap_interval_holds_the_mean():
     found = bootstrap([1.0, 2.0, 3.0, 4.0])
     assert found.low < found.mean == 2.5 < found.high
-    assert bootstrap([2.0]) .low == 2.0
+    assert bootstrap([2.0]).low == 2.0
 
 
 def small_call() -> Inputs:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,6 @@ import torch
 pytest.importorskip("transformers", reason="pip install 'sparse-mla[eval]'")
 pytest.importorskip("lm_eval", reason="pip install 'sparse-mla[eval]'")
 
-from typer.testing import CliRunner
-
-from sparse_mla.cli import app
-from sparse_mla.evals import generate, model, run, tasks
-from sparse_mla.evals.problems import fewshot, held_out, prompt_of
-from sparse_mla.evals.problems.vocabulary import encode, vocabulary
-from sparse_mla.evals.regression import load_regression
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
 from tiny_glm5 import decode as decode_module
 from tiny_glm5.config import SMALLEST, TINY
 from tiny_glm5.data import Batches, Text, shard
@@ -31,6 +19,13 @@ from tiny_glm5.decode import Decoder
 from tiny_glm5.export import export
 from tiny_glm5.model import Attention, Run, TinyGlm5
 from tiny_glm5.train import Plan, Trainer
+from typer.testing import CliRunner
+
+from sparse_mla.cli import app
+from sparse_mla.evals import generate, lm, model, run, tasks
+from sparse_mla.evals.problems import fewshot, held_out, prompt_of
+from sparse_mla.evals.problems.vocabulary import encode, vocabulary
+from sparse_mla.evals.regression import load_regression
 
 CPU = torch.device("cpu")
 TEXT = Text(length=256, batch=4, steps=4, templates=("age_future",))
@@ -202,10 +197,14 @@ def test_answers_are_judged_by_lm_eval(loaded, monkeypatch):
             each(number, text)
         return played
 
-    monkeypatch.setattr(run, "continue_prompts", play)
+    monkeypatch.setattr(lm, "continue_prompts", play)
     log = run.ask(*loaded, problems, on_answer=lambda *given: seen.append(given))
     assert [one.right for one in log.answered] == [True, True, False, False]
-    assert [one.given for one in log.answered] == [*(p.target for p in problems.asked[:2]), "0", None]
+    assert [one.given for one in log.answered] == [
+        *(p.target for p in problems.asked[:2]),
+        "0",
+        None,
+    ]
     assert [right for _, _, right in seen] == [True, True, False, False]
     assert log.about["shots"] == 6 and log.share.right == 2
 

@@ -92,7 +92,9 @@ class Indexer(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, visible: torch.Tensor
     ) -> torch.Tensor:
         """[B, S, T] float32, -inf where not visible."""
-        dots = torch.einsum("bshd,btd->bhst", q.float(), k.float()) * self.shape.index_head_dim**-0.5
+        dots = (
+            torch.einsum("bshd,btd->bhst", q.float(), k.float()) * self.shape.index_head_dim**-0.5
+        )
         total = (F.relu(dots) * weights.transpose(1, 2).unsqueeze(-1)).sum(1)
         return total.masked_fill(~visible, float("-inf"))
 
@@ -265,9 +267,7 @@ class Layer(nn.Module):
         super().__init__()
         self.dense = shape.is_dense(number)
         self.self_attn = Attention(shape)
-        self.mlp = (
-            MLP(shape.hidden_size, shape.intermediate_size) if self.dense else MoE(shape)
-        )
+        self.mlp = MLP(shape.hidden_size, shape.intermediate_size) if self.dense else MoE(shape)
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
 
@@ -324,7 +324,7 @@ class TinyGlm5(nn.Module):
         """cos, sin [B or 1, S, 1, 32] at positions [B or 1, S]."""
         width = self.shape.qk_rope_head_dim
         steps = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device)
-        # transformers' order of operations: an ulp of a frequency is 1e-4 of an angle 1000 tokens on.
+        # In transformers' order: an ulp of a frequency is 1e-4 of an angle 1000 tokens on.
         frequency = 1.0 / self.shape.rope_theta ** (steps / width)
         angle = positions.float().unsqueeze(-1) * frequency
         return angle.cos().to(self.dtype).unsqueeze(2), angle.sin().to(self.dtype).unsqueeze(2)

@@ -135,7 +135,9 @@ class Trainer:
                     "seconds": now - begun, "tokens_per_second": speed,
                 }  # fmt: skip
                 self.rows.append(row)
-                self.log(json.dumps({k: round(v, 4) if k != "phase" else v for k, v in row.items()}))
+                self.log(
+                    json.dumps({k: round(v, 4) if k != "phase" else v for k, v in row.items()})
+                )
                 last, stopped = now, self.step
             if seconds is not None and time.monotonic() - begun > seconds:
                 self.log(f"time is up after step {self.step}")
@@ -181,7 +183,9 @@ class Trainer:
     @torch.no_grad()
     def _balance(self, loads: list[torch.Tensor]) -> None:
         """Raise the bias of experts with less than their share of tokens, lower the others'."""
-        for layer, load in zip((x for x in self.model.model.layers if not x.dense), loads, strict=True):
+        for layer, load in zip(
+            (x for x in self.model.model.layers if not x.dense), loads, strict=True
+        ):
             bias = layer.mlp.gate.e_score_correction_bias
             bias += self.plan.balance * torch.sign(load.mean() - load)
 
@@ -199,8 +203,9 @@ class Trainer:
             kinds[problem.template] = kinds.get(problem.template, 0) + 1
         worst = sorted(kinds.items(), key=lambda item: -item[1])[:6]
         self.log(
-            f"accuracy {share:.4f} on {count} held-out problems, {'sparse' if sparse else 'dense'}, "
-            f"{time.monotonic() - begun:.1f} s; most errors: {worst}"
+            f"accuracy {share:.4f} on {count} held-out problems, "
+            f"{'sparse' if sparse else 'dense'}, {time.monotonic() - begun:.1f} s; most errors: "
+            f"{worst}"
         )
         for problem, text in wrong[:3]:
             self.log(f"  {problem.question} -> {text!r}, right: {problem.target}")

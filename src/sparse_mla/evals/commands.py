@@ -49,7 +49,9 @@ def _one_line(command: Callable[..., Any]) -> Callable[..., Any]:
 @_one_line
 def evaluate(
     context: typer.Context,
-    model: Annotated[str | None, typer.Option(help="A folder with safetensors, or a hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder with safetensors, or a hub id.")
+    ] = None,
     layout: Annotated[
         str, typer.Option(help="The cache's layout, or transformers: the model's own attention.")
     ] = "v32_fp8",
@@ -109,9 +111,9 @@ def compare_logs(
         f"of {found.pairs} problems both answer {found.both}, only A {found.only_a}, only B "
         f"{found.only_b}, neither {found.neither}; McNemar exact p = {found.p:.3g}"
     )
-    for one, other in found.disagreements[:show]:
-        typer.echo(f"\n{one.number}: {one.question} ({one.target})")
-        for name, answered in (("A", one), ("B", other)):
+    for pair in found.disagreements[:show]:
+        typer.echo(f"\n{pair[0].number}: {pair[0].question} ({pair[0].target})")
+        for name, answered in zip("AB", pair, strict=True):
             verdict = "right" if answered.right else "wrong"
             typer.echo(f"{name} ({verdict}): {' | '.join(answered.response.strip().splitlines())}")
 

@@ -12,10 +12,11 @@ Each = Callable[[int, str], None]
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     """Leading tokens that all rows share, leaving each at least one of its own."""
-    shortest, last = min(rows), max(rows)
+    # The first and the last in order differ where any two do.
+    first, last = min(map(list, rows)), max(map(list, rows))
     most = min(len(row) for row in rows) - 1
     same = 0
-    while same < most and shortest[same] == last[same]:
+    while same < most and first[same] == last[same]:
         same += 1
     return same
 

@@ -37,12 +37,13 @@ def load(path: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -
         raise ValueError(f"model is {path!r}, must be a folder with config.json and safetensors")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # a corrupt file raises errors of several libraries
         text = " ".join(str(error).split())[:300]
         raise ValueError(f"model {path!r} cannot be loaded: {text}") from error
+    model, info = loaded
     for kind in ("missing_keys", "mismatched_keys"):
         if info.get(kind):
             names = sorted(map(str, info[kind]))

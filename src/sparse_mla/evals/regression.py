@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,21 +176,16 @@ def run_regression(
         seconds: dict[str, float] = {}
 
         operator = _timed(
-            seconds, "operator", lambda v=variant: operator_error(calls[v.layout], v.fault)
+            seconds, "operator", partial(operator_error, calls[variant.layout], variant.fault)
         )
         attach(model, variant.layout, variant.fault)
         try:
             predicted = _timed(
-                seconds, "kl", lambda: predictions(model, tokenizer, problems, kl_problems)
+                seconds, "kl", partial(predictions, model, tokenizer, problems, kl_problems)
             )
             facts = {**(about or {}), "layout": variant.layout, "fault": variant.fault}
-            log = _timed(
-                seconds,
-                "accuracy",
-                lambda f=facts: ask(
-                    model, tokenizer, problems, batch=batch, on_answer=told.answer, about=f
-                ),
-            )
+            asking = partial(ask, model, tokenizer, problems, batch=batch, about=facts)
+            log = _timed(seconds, "accuracy", partial(asking, on_answer=told.answer))
         finally:
             detach(model, variant.layout)
         expected = expected or predicted

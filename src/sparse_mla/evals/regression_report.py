@@ -96,7 +96,9 @@ def _errors(measured: list[Measured]) -> Any:
         left.plot([one.operator.budget], [place], "|", color=INK, ms=12)
         if one.fidelity.kl.mean > 0:
             interval = one.fidelity.kl
-            right.plot([max(interval.low, 1e-12), interval.high], [place, place], color=colour, lw=2)
+            right.plot(
+                [max(interval.low, 1e-12), interval.high], [place, place], color=colour, lw=2
+            )
             right.plot([interval.mean], [place], "o", color=colour, ms=6)
     left.axvline(1.0, color=GREY, lw=1)
     left.set_xscale("log")

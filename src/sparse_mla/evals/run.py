@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from .generate import continue_prompts
 from .log import Answered, Log
 from .problems import read_answer
 from .tasks import ProblemSet, lm_eval_task
@@ -34,39 +33,23 @@ def ask(
         on_answer: called as answers come in.
         about: more facts for the log.
     """
-    lm_eval, LM = _lm_eval()
+    try:
+        import lm_eval
 
-    class Continued(LM):
-        """lm-eval's view of the model; only continuing is offered."""
+        from .lm import Continued
+    except ImportError as error:
+        raise ValueError(f"lm-eval is missing: pip install 'sparse-mla[eval]' ({error})") from error
+    for name in ("lm_eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            settings = requests[0].args[1]
-
-            def each(number: int, text: str) -> None:
-                if on_answer is not None:
-                    doc = requests[number].doc_id
-                    right = read_answer(text) == problems.asked[doc].target
-                    on_answer(doc, text, right)
-
-            return continue_prompts(
-                model,
-                tokenizer,
-                [request.args[0] for request in requests],
-                until=settings["until"],
-                longest=settings["max_gen_toks"],
-                batch=batch,
-                each=each,
-            )
-
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            raise NotImplementedError("these tasks ask for answers, not for likelihoods")
-
-        loglikelihood_rolling = loglikelihood
+    def each(number: int, text: str) -> None:
+        if on_answer is not None:
+            on_answer(number, text, read_answer(text) == problems.asked[number].target)
 
     begun = time.monotonic()
     # Not simple_evaluate: it reads all of lm-eval's task files first, ten seconds on a CPU.
     found = lm_eval.evaluate(
-        Continued(),
+        Continued(model, tokenizer, batch, each),
         {problems.name: lm_eval_task(problems)},
         bootstrap_iters=0,
         log_samples=True,
@@ -96,14 +79,3 @@ def ask(
         "torch": torch.__version__,
     }
     return Log({**(about or {}), **facts}, answered)
-
-
-def _lm_eval() -> tuple[Any, Any]:
-    try:
-        import lm_eval
-        from lm_eval.api.model import LM
-    except ImportError as error:
-        raise ValueError(f"lm-eval is missing: pip install 'sparse-mla[eval]' ({error})") from error
-    for name in ("lm_eval", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    return lm_eval, LM

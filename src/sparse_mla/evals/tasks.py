@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .problems import Problem, fewshot, held_out
+from .problems import Problem, fewshot, held_out, read_answer
 from .problems.problem import END
 
 GENERATED, GSM8K = "problems", "gsm8k"
@@ -97,12 +97,9 @@ def _problem(row: Any, where: str) -> Problem:
     texts = isinstance(row, dict) and [row.get("question"), row.get("answer")]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{where} has no 'question' and 'answer'")
-    problem = Problem(row["question"], row["answer"])
-    try:
-        problem.target
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    return problem
+    if read_answer(row["answer"]) is None:
+        raise ValueError(f"{where}: the answer has no line '#### number'")
+    return Problem(row["question"], row["answer"])
 
 
 def lm_eval_task(problems: ProblemSet) -> Any:

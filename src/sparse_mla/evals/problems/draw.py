@@ -43,7 +43,7 @@ class Template:
 
     @cached_property
     def _parsed(self) -> list[tuple[str, str, tuple[str, ...]]]:
-        parsed = []
+        parsed: list[tuple[str, str, tuple[str, ...]]] = []
         for line in self.draws:
             if found := re.fullmatch(r"(\w+) (\d+)\.\.(\d+)", line):
                 parsed.append((found[1], "range", (found[2], found[3])))

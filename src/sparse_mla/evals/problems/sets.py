@@ -42,9 +42,7 @@ def problems(
             yield problem
 
 
-def held_out(
-    count: int = TEST_SIZE, templates: tuple[str, ...] | None = None
-) -> list[Problem]:
+def held_out(count: int = TEST_SIZE, templates: tuple[str, ...] | None = None) -> list[Problem]:
     """The first `count` of the test problems; no two are the same."""
     found: dict[str, Problem] = {}
     for problem in problems(_TEST_SEED, held_out=True, templates=templates):
