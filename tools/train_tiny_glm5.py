@@ -59,9 +59,7 @@ def main() -> None:
     if given.resume:
         trainer.load(given.resume)
     if given.compile:
-        torch._dynamo.config.recompile_limit = 64
-        for layer in trainer.model.model.layers:
-            layer.compile()
+        trainer.compile()
     try:
         trainer.run(batches, given.seconds)
     finally:

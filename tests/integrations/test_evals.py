@@ -218,9 +218,12 @@ def short(monkeypatch) -> None:
 
 def test_eval_command_writes_a_log(trained, short, tmp_path):
     path = tmp_path / "log.jsonl"
-    done = CliRunner().invoke(app, ["eval", "--model", str(trained[1]), "--log", str(path)])
+    done = CliRunner().invoke(
+        app, ["eval", "--model", str(trained[1]), "--log", str(path), "--show", "1"]
+    )
     assert done.exit_code == 0, done.output
     assert "problems, v32_fp8: 0.000 (0 of 2" in done.output
+    assert held_out(1)[0].question in done.output
     about = json.loads(path.read_text().splitlines()[0])
     assert about["layout"] == "v32_fp8" and about["task"] == "problems"
 

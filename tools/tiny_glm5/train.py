@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -98,6 +99,7 @@ class Trainer:
             fused=device.type == "cuda",
         )
         self.step = 0
+        self.compiled = False
         self.rows: list[dict[str, float | str]] = []
 
     def save(self, path: Path) -> None:
@@ -125,7 +127,8 @@ class Trainer:
         stopped = self.step
         for tokens, marks in batches:
             phase = self.plan.phase(self.step)
-            loss, kl = self._train_step(tokens, marks, phase)
+            with self._as_compiled(phase):
+                loss, kl = self._train_step(tokens, marks, phase)
             self.step += 1
             if self.step % every == 0 or self.step == self.plan.steps:
                 now = time.monotonic()
@@ -142,6 +145,19 @@ class Trainer:
             if seconds is not None and time.monotonic() - begun > seconds:
                 self.log(f"time is up after step {self.step}")
                 break
+
+    def compile(self) -> None:
+        """Let torch.compile have the layers; the two kinds in two phases make four graphs."""
+        torch._dynamo.config.recompile_limit = 64
+        for layer in self.model.model.layers:
+            layer.compile(dynamic=False)
+        self.compiled = True
+
+    def _as_compiled(self, phase: str) -> AbstractContextManager:
+        # Compiling the short warm-up would take longer than it does.
+        if self.compiled and phase == "warm_up":
+            return torch.compiler.set_stance("force_eager")
+        return nullcontext()
 
     def _train_step(
         self, tokens: np.ndarray, marks: np.ndarray, phase: str

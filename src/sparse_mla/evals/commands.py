@@ -65,6 +65,7 @@ def evaluate(
     page_size: Annotated[int, typer.Option(min=1, help="Tokens per page.")] = 64,
     device: Device = None,
     log: Annotated[Path | None, typer.Option(help="Write every problem to this .jsonl.")] = None,
+    show: Annotated[int, typer.Option(min=0, help="Answers to show.")] = 0,
 ) -> None:
     """Answer a task's problems over a paged cache: accuracy with its interval, and a log."""
     if context.invoked_subcommand is not None:
@@ -89,6 +90,8 @@ def evaluate(
         made = ask(loaded, tokenizer, problems, batch=batch, on_answer=step, about=about)
     if log is not None:
         made.save(log)
+    for one in made.answered[:show]:
+        typer.echo(f"{one.question}\n{one.response.strip()}\n({one.target})\n")
     typer.echo(f"{made.about['task']}, {made.name}: {made.share}, {made.about['seconds']} s")
 
 
