@@ -61,7 +61,7 @@ def main() -> None:
     if given.compile:
         trainer.compile()
     try:
-        trainer.run(batches, given.seconds)
+        trainer.run(batches, given.seconds, checkpoint=given.out / "checkpoint.pt")
     finally:
         batches.close()
     trainer.save(given.out / "checkpoint.pt")

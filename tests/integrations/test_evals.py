@@ -80,6 +80,17 @@ def test_training_resumes_where_it_stopped(trained, tmp_path):
         assert torch.equal(second.model.state_dict()[name], weight), name
 
 
+def test_batches_drawn_by_other_processes_are_the_same():
+    alone = list(Batches(TEXT, 3, 2, 9, 0))
+    shared = Batches(TEXT, 3, 2, 9, 2)
+    try:
+        for (tokens, marks), (others, their_marks) in zip(alone, shared, strict=True):
+            assert (tokens == others).all() and (marks == their_marks).all()
+    finally:
+        shared.close()
+    assert len(alone) == 7
+
+
 def test_the_published_shape_fits_its_file():
     with torch.device("meta"):
         count = sum(p.numel() for p in TinyGlm5(TINY).parameters())

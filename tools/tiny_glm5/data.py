@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -61,7 +62,7 @@ class Batches:
     """
 
     def __init__(self, text: Text, seed: int, first: int, last: int, processes: int) -> None:
-        self.text, self.first, self.last = text, first, last
+        self.text, self.first, self.last, self.processes = text, first, last, processes
         self.jobs = [
             (text, seed * 1_000_003 + number)
             for number in range(first // text.steps, -(-last // text.steps))
@@ -70,13 +71,25 @@ class Batches:
         self.pool = context.Pool(processes) if processes else None
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        shards = self.pool.imap(_shard, self.jobs) if self.pool else map(_shard, self.jobs)
         step = self.first // self.text.steps * self.text.steps
-        for tokens, answers in shards:
+        for tokens, answers in self._shards():
             for one, marks in zip(tokens, answers, strict=True):
                 if self.first <= step < self.last:
                     yield one, marks
                 step += 1
+
+    def _shards(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        if self.pool is None:
+            yield from map(_shard, self.jobs)
+            return
+        # A few shards ahead, not all: the processes would take the cores that launch kernels.
+        waiting: deque = deque()
+        for job in self.jobs:
+            waiting.append(self.pool.apply_async(_shard, (job,)))
+            if len(waiting) > 2 * self.processes:
+                yield waiting.popleft().get()
+        while waiting:
+            yield waiting.popleft().get()
 
     def close(self) -> None:
         if self.pool is not None:

@@ -94,7 +94,7 @@ class Trainer:
                 {"params": plain, "weight_decay": 0.0},
                 {"params": indexer, "weight_decay": 0.0},
             ],
-            lr=torch.tensor(0.0, device=device) if device.type == "cuda" else 0.0,
+            lr=0.0,
             betas=(0.9, 0.95),
             fused=device.type == "cuda",
         )
@@ -121,9 +121,15 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.step = state["step"]
 
-    def run(self, batches: Batches, seconds: float | None = None, every: int = 100) -> None:
-        """Train to the plan's end, or until the time is up."""
-        begun = last = time.monotonic()
+    def run(
+        self,
+        batches: Batches,
+        seconds: float | None = None,
+        every: int = 100,
+        checkpoint: Path | None = None,
+    ) -> None:
+        """Train to the plan's end, or until the time is up; save to `checkpoint` every minute."""
+        begun = last = saved = time.monotonic()
         stopped = self.step
         for tokens, marks in batches:
             phase = self.plan.phase(self.step)
@@ -142,6 +148,9 @@ class Trainer:
                     json.dumps({k: round(v, 4) if k != "phase" else v for k, v in row.items()})
                 )
                 last, stopped = now, self.step
+            if checkpoint is not None and time.monotonic() - saved > 60:
+                self.save(checkpoint)
+                saved = time.monotonic()
             if seconds is not None and time.monotonic() - begun > seconds:
                 self.log(f"time is up after step {self.step}")
                 break
@@ -163,15 +172,12 @@ class Trainer:
         self, tokens: np.ndarray, marks: np.ndarray, phase: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         plan, model = self.plan, self.model
-        ids = torch.from_numpy(tokens.astype(np.int64)).to(self.device, non_blocking=True)
-        weight = torch.from_numpy(marks[:, 1:].astype(np.float32)).to(self.device)
+        ids = self._sent(tokens.astype(np.int32)).long()
+        weight = self._sent(marks[:, 1:].astype(np.float32))
         weight = weight + plan.question * (1 - weight)
         rates = plan.rates(self.step)
         for group, rate in zip(self.optimiser.param_groups, (rates[0], *rates), strict=True):
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+            group["lr"] = rate
         run = Run(phase == "sparse", {"dense": 0, "warm_up": plan.kl_rows}.get(phase, plan.kl_rows))
         if phase == "warm_up":
             ids, weight = ids[: plan.kl_rows], weight[: plan.kl_rows]
@@ -195,6 +201,13 @@ class Trainer:
         if phase != "warm_up":
             self._balance(loads)
         return loss.detach(), kl.detach()
+
+    def _sent(self, array: np.ndarray) -> torch.Tensor:
+        """On the device; pinned first, or the copy would wait for the step before."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def _balance(self, loads: list[torch.Tensor]) -> None:
