@@ -366,7 +366,7 @@ def resolve(
         following, next_start = piece_of(
             shape, work, item + work.step, start, lengths, extra_lengths, BALANCED
         )
-        # Q only when four tiles have been pushed (or all): before that the last item's Q may still
+        # Q only when three tiles have been pushed (or all): before that the last item's Q may still
         # be in use, and waiting for it would end the lead. `fill` and the ring hold four tiles
         # without Q.
         query_at = gl.where(
