@@ -16,7 +16,7 @@ import torch
 from . import arch as arch_module
 from .arch import Arch
 
-OPS = ("decode", "prefill")
+OPS = ("decode", "prefill", "kv_write")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Request:
     """The facts of a call that decide where it can run: nothing that needs a device sync.
 
     Attributes:
-        op: "decode" or "prefill".
+        op: "decode", "prefill" or "kv_write".
         layout: name of the cache's layout.
         heads: query heads.
         tokens: query tokens (b * s_q).
@@ -83,6 +83,8 @@ def backends_of(op: str) -> tuple[Backend, ...]:
         from .ops.sparse_decode.backends import BACKENDS
     elif op == "prefill":
         from .ops.sparse_prefill.backends import BACKENDS
+    elif op == "kv_write":
+        from .ops.kv_write.backends import BACKENDS
     else:
         raise ValueError(f"op is {op!r}, allowed: {', '.join(OPS)}")
     return BACKENDS
