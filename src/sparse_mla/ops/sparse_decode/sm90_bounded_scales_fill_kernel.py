@@ -8,8 +8,7 @@ nowhere: loads in flight need lines of L1, for which shared memory leaves no roo
 inside a group is permuted (`chunk_dims`) so that 16 raw bytes become two 16-byte chunks in
 different swizzled panels, without bank conflicts.
 
-A program's 232276 of 232448 bytes: Q 72 KB, K 96 KB, raw rows 32 KB, logits or P 16 KB, K's RoPE
-part 8 KB, scales, vectors.
+A program's 226 KB: Q 72 KB, K 96 KB, raw rows 32 KB, K's RoPE part 8 KB, P 8 KB, scales, vectors.
 """
 
 from triton.experimental import gluon
@@ -35,27 +34,35 @@ FLAT = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 1, [1, 0]))
 FULL = gl.constexpr(0)
 FREE = gl.constexpr(3)
 P_FULL = gl.constexpr(6)
-S_FULL = gl.constexpr(7)
+P_FREE = gl.constexpr(7)
 Q_MET = gl.constexpr(8)
-Q_READ = gl.constexpr(9)
+Q_FULL = gl.constexpr(9)
 ROPE_FREE = gl.constexpr(10)
-LOGITS_DONE = gl.constexpr(11)
-P_READ = gl.constexpr(12)
-UNIT_FULL = gl.constexpr(13)
-LAST_FULL = gl.constexpr(14)
-BARRIERS = gl.constexpr(15)
+LAST_FULL = gl.constexpr(11)
+BARRIERS = gl.constexpr(12)
 
-# `latent`: two halves of Q, three slots for halves of K, and the raw bytes of a tile. `rope`: the
-# RoPE parts of Q and K.
+# `latent`: two halves of Q, three slots for halves of K, and the raw bytes of a tile. `small`: the
+# RoPE parts of Q and of K, and P.
 K_SLOTS = gl.constexpr(2)
 Q_ROPE = gl.constexpr(0)
 K_ROPE = gl.constexpr(1)
+P = gl.constexpr(2)
 
-# Rows of `vectors`: the bias of two tiles, fp16, +inf or -inf; the slots of the tile that is
-# gathered, int32.
-BIAS = gl.constexpr(0)
-SLOT = gl.constexpr(1)
-VECTORS = gl.constexpr(2)
+# Rows of `vectors`: the factor of a tile's rescaling; the bias of two tiles, fp16, +inf or -inf;
+# the slots of the tile that is gathered, int32; the scales' unit.
+DECAY = gl.constexpr(0)
+BIAS = gl.constexpr(1)
+SLOT = gl.constexpr(2)
+UNIT = gl.constexpr(3)
+VECTORS = gl.constexpr(4)
+
+# Rows of a stage of `ratios`, columns of S by the thread that needs them (`column_scales`).
+C0_OVER_C2 = gl.constexpr(0)
+C1_OVER_C3 = gl.constexpr(1)
+C2 = gl.constexpr(2)
+C3 = gl.constexpr(3)
+BY_THREAD = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
+ROW_BY_THREAD = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
 
 # A program's unit is 2^-3 of (the power of two below) its first tile's largest scale; scales from
 # 2^-9 to 2^8 units are in bounds. Weights are p * scale in fp16 with p up to 2^7, so below 2^15,
@@ -138,14 +145,37 @@ def expand(raw, tile, PART: gl.constexpr):
 @gluon.jit
 def load_scales(
     kv, slot, page_size, page_words, none, LAYOUT: gl.constexpr, TOKEN_WORDS: gl.constexpr,
-    PACKED: gl.constexpr,
+    PACKED: gl.constexpr, TWIST: gl.constexpr = 0,
 ):  # fmt: skip
-    """The rows' scales, [rows, 4] float32; `none` where invalid."""
+    """The rows' scales of group g ^ TWIST, [rows, 4] float32; `none` where invalid."""
     words = row_words(gl.maximum(slot, 0), page_size, page_words, TOKEN_WORDS, PACKED)
-    group = gl.arange(0, 4, layout=gl.SliceLayout(0, LAYOUT))
+    group = gl.arange(0, 4, layout=gl.SliceLayout(0, LAYOUT)) ^ TWIST
     valid = (slot >= 0)[:, None]
     bits = gl.load(kv + (words[:, None] + (128 + group)[None, :]), mask=valid, other=0)
     return gl.where(valid, bits.to(gl.float32, bitcast=True), none)
+
+
+@gluon.jit
+def load_first_scale(
+    kv, slot, page_size, page_words, none, TOKEN_WORDS: gl.constexpr, PACKED: gl.constexpr
+):
+    """The rows' scales of group 0, [rows] float32; `none` where invalid."""
+    words = row_words(gl.maximum(slot, 0), page_size, page_words, TOKEN_WORDS, PACKED)
+    bits = gl.load(kv + words + 128, mask=slot >= 0, other=0)
+    return gl.where(slot >= 0, bits.to(gl.float32, bitcast=True), none)
+
+
+@gluon.jit
+def load_tile_scales(
+    kv, slot, page_size, page_words, none, TOKEN_WORDS: gl.constexpr, PACKED: gl.constexpr
+):
+    """What `store_scales` wants: the scales, those of the groups two on, those of group 0."""
+    scale = load_scales(kv, slot, page_size, page_words, none, SCALES, TOKEN_WORDS, PACKED)
+    partner = load_scales(
+        kv, slot, page_size, page_words, none, SCALES, TOKEN_WORDS, PACKED, TWIST=2
+    )
+    first = load_first_scale(kv, slot, page_size, page_words, none, TOKEN_WORDS, PACKED)
+    return scale, partner, first
 
 
 @gluon.jit
@@ -157,40 +187,32 @@ def unit_of(scale):
 
 
 @gluon.jit
-def store_weights(scale, inverse_unit, dither, weights, stage, PART: gl.constexpr):
-    """The scales in units as fp16, for P; returns 1 where one is out of bounds, else 0.
+def store_scales(
+    scale, partner, first, inverse_unit, dither, ratios, inverses, weights, stage,
+    PART: gl.constexpr,
+):  # fmt: skip
+    """What logits and P are scaled by, for 32 tokens; 1 where a scale is out of bounds, else 0.
 
-    dither: of 2^13, added before the lower 13 bits are cut off, different for each token: scales
-    of one mantissa would all round the same way and leave a gain error of up to 2.4e-4.
+    Args:
+        dither: of 2^13, added before the lower 13 bits are cut off for fp16, different for each
+            token: scales of one mantissa would all round the same way, up to 2.4e-4 of gain error.
+        ratios: [2, 4, 4, 8, 2] float32; c0/c2, c1/c3, c2, c3, column 8 j + 2 l + e at [l, j, e].
+        inverses: [2, 4, 8, 2] float32, 1/c0 likewise.
+        weights: [2, 4, 64] fp16, the scales in units.
     """
+    group = gl.arange(0, 4, layout=gl.SliceLayout(0, SCALES))[None, :]
+    group += gl.full([32, 4], 0, gl.int32, layout=SCALES)
+    values = gl.where(group < 2, scale / partner, scale)
+    target = ratios.index(stage).slice(PART * 4, 4, dim=2)
+    target.store(values.reshape([4, 4, 2, 4]).permute((3, 1, 0, 2)))
+    target = inverses.index(stage).slice(PART * 4, 4, dim=1)
+    target.store((1.0 / first).reshape([4, 4, 2]).permute((1, 0, 2)))
     scale = scale * inverse_unit
     bounded = (scale >= LOWEST_SCALE) & (scale < HIGHEST_SCALE)
     bits = (scale.to(gl.int32, bitcast=True) + dither) & -8192
-    table = weights.index(stage).slice(PART * 32, 32, dim=1).permute((1, 0))
-    table.store(bits.to(gl.float32, bitcast=True).to(gl.float16))
+    target = weights.index(stage).slice(PART * 32, 32, dim=1).permute((1, 0))
+    target.store(bits.to(gl.float32, bitcast=True).to(gl.float16))
     return gl.where(bounded, 0, 1)
-
-
-@gluon.jit
-def prefetch_rows(kv, slot, page_size, page_words, TOKEN_WORDS: gl.constexpr, PACKED: gl.constexpr):
-    """Ask L2 for the 656 bytes of the rows in `slot` [32, 4]; four threads share a row."""
-    words = row_words(gl.maximum(slot, 0), page_size, page_words, TOKEN_WORDS, PACKED)
-    part = gl.arange(0, 4, layout=gl.SliceLayout(0, SCALES))[None, :]
-    at = gl.where(slot >= 0, (kv + (words + part * 32)).to(gl.int64), -1)
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred valid;
-        setp.ge.s64 valid, $1, 0;
-        @valid prefetch.global.L2 [$1];
-        @valid prefetch.global.L2 [$1 + 256];
-        mov.u32 $0, 0;
-        }""",
-        "=r,l",
-        [at],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @gluon.jit
@@ -203,8 +225,8 @@ def store_bias(slot, biases, stage, PART: gl.constexpr):
 @gluon.jit
 def fill(
     kv, line, limit, last_slot, page_size, page_words, wild_ptr,
-    latent, rope, scales, weights, vectors, bars,
-    TOKEN_WORDS: gl.constexpr, PACKED: gl.constexpr, AHEAD: gl.constexpr, PART: gl.constexpr,
+    latent, small, ratios, inverses, weights, vectors, bars,
+    TOKEN_WORDS: gl.constexpr, PACKED: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """Fetch 32 tokens of every tile: tokens 32 PART to 32 PART + 31.
 
@@ -212,47 +234,49 @@ def fill(
     """
     tiles = tile_count(limit)
     row = PART * 32 + gl.arange(0, 32, layout=gl.SliceLayout(1, SCALES))
-    rows = row[:, None] + gl.full([32, 4], 0, gl.int32, layout=SCALES)
-    slot = load_slots(line, row, limit, last_slot)
     all_rows = gl.arange(0, 64, layout=gl.SliceLayout(1, ALL_SCALES))
     all_slots = load_slots(line, all_rows, limit, last_slot)
-    for j in gl.static_range(1, AHEAD):
-        later = load_slots(line, j * 64 + rows, limit, last_slot)
-        prefetch_rows(kv, later, page_size, page_words, TOKEN_WORDS, PACKED)
-    later = load_slots(line, AHEAD * 64 + rows, limit, last_slot)
-    slots = reinterpret(vectors, gl.int32, [VECTORS, 64], VECTOR).index(SLOT)
-    slots = slots.slice(PART * 32, 32)
-    biases = reinterpret(vectors, gl.float16, [2 * VECTORS, 64], VECTOR)
+    slot = load_slots(line, row, limit, last_slot)
+    slots = reinterpret(vectors.index(SLOT), gl.int32, [64], VECTOR).slice(PART * 32, 32)
+    biases = reinterpret(vectors.index(BIAS), gl.float16, [2, 64], VECTOR)
     raw = reinterpret(latent.index(RAW), gl.int32, [4, 32, 64], RAW_ROWS)
     raw_left = raw.index(PART)
     raw_right = raw.index(2 + PART)
-    k_rope = reinterpret(rope.index(K_ROPE), gl.int32, [64, 32], W32).slice(PART * 32, 32, dim=0)
+    k_rope = reinterpret(small.index(K_ROPE), gl.int32, [64, 32], W32).slice(PART * 32, 32, dim=0)
     slots.store(slot)
     gather(kv, slots, page_size, page_words, raw_left, 0, GATHER, TOKEN_WORDS, PACKED)
+    async_copy.commit_group()
+    store_bias(slot, biases, 0, PART)
     gather(kv, slots, page_size, page_words, k_rope, 132, GATHER_ROPE, TOKEN_WORDS, PACKED)
     async_copy.commit_group()
     gather(kv, slots, page_size, page_words, raw_right, 64, GATHER, TOKEN_WORDS, PACKED)
     async_copy.commit_group()
-    store_bias(slot, biases, 0, PART)
     scale = load_scales(kv, all_slots, page_size, page_words, 0.0, ALL_SCALES, TOKEN_WORDS, PACKED)
     unit, inverse_unit = unit_of(scale)
     unit = unit.to(gl.float32, bitcast=True)
     inverse_unit = inverse_unit.to(gl.float32, bitcast=True)
+    if PART == 0:
+        units = gl.full([64], unit, gl.float32, layout=gl.SliceLayout(1, ALL_SCALES))
+        vectors.index(UNIT).store(units)
     dither = ((row * 37) & 63)[:, None] * 128 + 64
-    scale = load_scales(kv, slot, page_size, page_words, unit, SCALES, TOKEN_WORDS, PACKED)
-    wild = gl.full([32, 4], 0, gl.int32, layout=SCALES)
+    scale, partner, first = load_tile_scales(
+        kv, slot, page_size, page_words, unit, TOKEN_WORDS, PACKED
+    )
+    wild = store_scales(
+        scale, partner, first, inverse_unit, dither, ratios, inverses, weights, 0, PART
+    )
     slot = load_slots(line, 64 + row, limit, last_slot)
-    table = scales.slice(PART * 32, 32, dim=1).permute((1, 0))
     for i in range(tiles):
-        stage = i & 1
         left = 2 * i
         async_copy.wait_group(1)
         mbarrier.wait(bars.index(FREE + left % 3), ((left // 3) & 1) ^ 1)
         barrier()
+        scale, partner, first = load_tile_scales(
+            kv, slot, page_size, page_words, unit, TOKEN_WORDS, PACKED
+        )
+        later = load_slots(line, (i + 2) * 64 + row, limit, last_slot)
         slots.store(slot)
         expand(raw_left.load(EXPAND), latent.index(K_SLOTS + left % 3), PART)
-        mbarrier.wait(bars.index(LOGITS_DONE), stage ^ 1)
-        table.store(scale)
         fence_async_shared()
         barrier()
         mbarrier.arrive(bars.index(FULL + left % 3), count=1)
@@ -264,25 +288,22 @@ def fill(
         mbarrier.wait(bars.index(FREE + right % 3), ((right // 3) & 1) ^ 1)
         barrier()
         expand(raw_right.load(EXPAND), latent.index(K_SLOTS + right % 3), PART)
-        wild = wild | store_weights(scale, inverse_unit, dither, weights, stage, PART)
         fence_async_shared()
         barrier()
         mbarrier.arrive(bars.index(FULL + right % 3), count=1)
-        scale = load_scales(kv, slot, page_size, page_words, unit, SCALES, TOKEN_WORDS, PACKED)
-        store_bias(slot, biases, stage ^ 1, PART)
-        slot = load_slots(line, (i + 2) * 64 + row, limit, last_slot)
-        mbarrier.wait(bars.index(ROPE_FREE), stage)
+        # The scales' place is free once both halves of the tile before have been used.
+        before = (left + 2) % 3
+        mbarrier.wait(bars.index(FREE + before), ((left + 2) // 3 & 1) ^ 1)
+        wild |= store_scales(
+            scale, partner, first, inverse_unit, dither, ratios, inverses, weights, (i + 1) & 1,
+            PART,
+        )  # fmt: skip
+        mbarrier.wait(bars.index(ROPE_FREE), i & 1)
+        store_bias(slot, biases, (i + 1) & 1, PART)
         gather(kv, slots, page_size, page_words, k_rope, 132, GATHER_ROPE, TOKEN_WORDS, PACKED)
         async_copy.commit_group()
         gather(kv, slots, page_size, page_words, raw_right, 64, GATHER, TOKEN_WORDS, PACKED)
         async_copy.commit_group()
-        prefetch_rows(kv, later, page_size, page_words, TOKEN_WORDS, PACKED)
-        later = load_slots(line, (i + 1 + AHEAD) * 64 + rows, limit, last_slot)
+        slot = later
     async_copy.wait_group(0)
-    if PART == 0:  # the unit takes the place of the last tile's scales
-        mbarrier.wait(bars.index(LOGITS_DONE), (tiles - 1) & 1)
-        units = gl.full([64], unit, gl.float32, layout=gl.SliceLayout(1, ALL_SCALES))
-        reinterpret(scales, gl.float32, [4, 64], VECTOR).index(0).store(units)
-        barrier()
-        mbarrier.arrive(bars.index(UNIT_FULL), count=1)
     gl.store(wild_ptr + PART, gl.max(gl.max(wild, 1), 0))

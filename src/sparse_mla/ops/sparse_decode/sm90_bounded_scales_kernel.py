@@ -6,21 +6,24 @@ for those is void, and sm90_many_heads_kernel, made for any scales, redoes them.
 
 Four warpgroups share a tile of 64 tokens:
 
-- `attend_left`: logits of the left two groups of 128 dims and of the RoPE part, softmax, and the
-  left 256 output dims;
-- `attend_right`: logits of the right two groups, and the right 256 output dims;
+- `attend_left`: logits, softmax, and the left 256 output dims;
+- `attend_right`: the right 256 output dims;
 - `fill` twice: half of the tokens each, rows to unscaled fp16.
 
 Arithmetic. e4m3 is exact in fp16; logits use the exact fp32 scales c0..c3 of each token, in the
 accumulators, between products (S_g = Q_g K_g^T):
 
-    S = c0 (S_rope / c0 + S_0) + c1 S_1 + c3 (c2/c3 S_2 + S_3)
+    S = c2 (c0/c2 (S_rope / c0 + S_0) + S_2) + c3 (c1/c3 S_1 + S_3)
 
 The values' side takes one fp16 P for all groups: w_g = fp16(P * scale_g), scale_g in fp16, rounded
 stochastically by token; P is relative to a power of two times a fraction that differs by head.
 Scales of one mantissa and equal logits then leave no gain error, and rescaling stays exact.
 Queries are scaled by a power of two per row into fp16, which holds the 8 bits of bf16 exactly over
 22 binades below the row's maximum.
+
+What holds it (H200, b=128 h=64): about 5650 cycles a tile, all of them the chain of `attend_left`:
+weights 310, P 490, logits 3800 (the tensor cores need 1150: loads of scales wait behind the
+products' reads of shared memory), softmax 850. The same with every row in L2.
 """
 
 from triton.experimental import gluon
@@ -36,27 +39,35 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..gluon_compat import barrier, reinterpret
 from .sm90_bounded_scales_fill_kernel import (
     BARRIERS,
+    BIAS,
+    BY_THREAD,
+    C0_OVER_C2,
+    C1_OVER_C3,
+    C2,
+    C3,
+    DECAY,
     FLAT,
     FREE,
     FULL,
     K_ROPE,
     K_SLOTS,
     LAST_FULL,
-    LOGITS_DONE,
+    P_FREE,
     P_FULL,
-    P_READ,
+    Q_FULL,
     Q_MET,
-    Q_READ,
     Q_ROPE,
     ROPE_FREE,
-    S_FULL,
-    UNIT_FULL,
+    ROW_BY_THREAD,
+    UNIT,
     VECTORS,
+    P,
     fill,
 )
 from .sm90_many_heads_fill_kernel import F16, VECTOR, chunk_dims, tile_count
 from .sm90_many_heads_kernel import (
     LOWEST,
+    NARROW,
     O_MMA,
     O_ROW,
     P_OPERAND,
@@ -69,7 +80,6 @@ from .sm90_many_heads_kernel import (
     exp2,
     log2,
     query_power,
-    store_p,
     thread_sums,
 )
 
@@ -86,23 +96,16 @@ QUERY = gl.constexpr(
     )
 )
 QUERY_ROW = gl.constexpr(gl.SliceLayout(1, QUERY))
-# Logits are exchanged as each thread holds them: 32 values, eight vectors of 16 bytes.
-S_VECTORS = gl.constexpr(
+# Scales of the columns of S that a thread holds: 16 in a row.
+COLUMNS = gl.constexpr(
     gl.DistributedLinearLayout(
-        reg_bases=[[1], [2], [512], [1024], [2048]],
-        lane_bases=[[4], [8], [16], [32], [64]],
-        warp_bases=[[128], [256]],
+        reg_bases=[[1], [2], [4], [8]],
+        lane_bases=[[16], [32], [0], [0], [0]],
+        warp_bases=[[0], [0]],
         block_bases=[],
-        shape=[4096],
+        shape=[64],
     )
 )
-
-
-@gluon.jit
-def reciprocal(x):
-    return gl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
 
 
 @gluon.jit
@@ -142,8 +145,8 @@ def softmax(s, biases, stage, factor, peak, fraction):
     base + fraction is an integer. The minimum with +-inf masks invalid tokens even where q is
     NaN: it drops NaN for the other operand, and +inf for a NaN logit still ends as NaN.
     """
-    limit = reinterpret(biases, gl.float16, [2 * VECTORS, 64], VECTOR).index(stage).load(S_COLUMN)
-    limit = limit.to(gl.float32)
+    bias = reinterpret(biases, gl.float16, [2, 64], VECTOR).index(stage)
+    limit = bias.load(S_COLUMN).to(gl.float32)
     s = gl.minimum(s * factor[:, None], limit[None, :])
     peak = gl.maximum(peak, gl.max(s, 1))
     base = gl.maximum(gl.ceil(peak + fraction) - fraction, LOWEST)
@@ -165,9 +168,15 @@ def group_weights(weights, stage, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def column_scales(scales, GROUP: gl.constexpr):
-    """A group's fp32 scales as columns of S, [64]."""
-    return reinterpret(scales, gl.float32, [4, 64], VECTOR).index(GROUP).load(S_COLUMN)
+def by_column(table):
+    """A table's row [64], stored by thread, as columns of S."""
+    values = table.load(COLUMNS).reshape([4, 8, 2]).permute((1, 0, 2)).reshape([64])
+    return gl.convert_layout(values, S_COLUMN, assert_trivial=True)[None, :]
+
+
+@gluon.jit
+def column_scales(ratios, stage, ROW: gl.constexpr):
+    return by_column(reinterpret(ratios, gl.float32, [8, 64], VECTOR).index(stage * 4 + ROW))
 
 
 @gluon.jit
@@ -181,60 +190,42 @@ def multiply(q, k, s, FIRST: gl.constexpr):
 
 
 @gluon.jit
-def load_logits(source):
-    """[64, 64], in the threads that stored it by `store_p`."""
-    parts = source.load(S_VECTORS).reshape([4, 2, 4, 8, 4, 2, 2]).permute((2, 1, 3, 0, 5, 4, 6))
-    return gl.convert_layout(parts.reshape([64, 64]), S_MMA, assert_trivial=True)
+def logits(s0, latent, zero, k, ratios, inverses, stage, right, bars):
+    """All logits of a tile, [64, 64].
 
-
-@gluon.jit
-def left_logits(rope_part, q, k, scales, handed, bars, tile):
-    """All logits of a tile, the right groups' from the other warpgroup.
-
-    rope_part: the RoPE product, in flight. One accumulator is rescaled while the other's product
-    runs.
+    s0: the RoPE product, in flight; k: the tile's left half; right: the number of its right half.
+    One accumulator is rescaled while the other's product runs.
     """
+    q = latent.index(zero)
     s1 = multiply(q.slice(128, 128, dim=1), k.slice(128, 128, dim=1), 0.0, True)
-    s0 = warpgroup_mma_wait(1, deps=[rope_part])
+    s0 = warpgroup_mma_wait(1, deps=[s0])
     barrier()
     mbarrier.arrive(bars.index(ROPE_FREE), count=1)
-    s0 = s0 * reciprocal(column_scales(scales, 0))[None, :]
+    s0 = s0 * by_column(reinterpret(inverses, gl.float32, [2, 64], VECTOR).index(stage))
     s0 = multiply(q.slice(0, 128, dim=1), k.slice(0, 128, dim=1), s0, False)
     s1 = warpgroup_mma_wait(1, deps=[s1])
-    s1 = s1 * column_scales(scales, 1)[None, :]
+    s1 = s1 * column_scales(ratios, stage, C1_OVER_C3)
+    k = latent.index(K_SLOTS + wait_half(bars, right))
+    q = latent.index(zero + 1)
+    s1 = multiply(q.slice(128, 128, dim=1), k.slice(128, 128, dim=1), s1, False)
+    s0 = warpgroup_mma_wait(1, deps=[s0])
+    s0 = s0 * column_scales(ratios, stage, C0_OVER_C2)
+    s0 = multiply(q.slice(0, 128, dim=1), k.slice(0, 128, dim=1), s0, False)
+    s1 = warpgroup_mma_wait(1, deps=[s1])
+    s1 = s1 * column_scales(ratios, stage, C3)
     s0 = warpgroup_mma_wait(0, deps=[s0])
-    mbarrier.wait(bars.index(S_FULL), tile & 1)
-    s1 = s1 + load_logits(reinterpret(handed, gl.float32, [4096], VECTOR))
-    s = gl.fma(s0, gl.zeros_like(s0) + column_scales(scales, 0)[None, :], s1)
-    barrier()
-    mbarrier.arrive(bars.index(LOGITS_DONE), count=1)
-    return s
+    return gl.fma(s0, gl.zeros_like(s0) + column_scales(ratios, stage, C2), s1)
 
 
 @gluon.jit
-def right_logits(q, latent, scales, handed, bars, tile):
-    """Logits of the right two groups of a tile, handed to the other warpgroup."""
-    k = latent.index(K_SLOTS + wait_half(bars, 2 * tile + 1))
-    s = multiply(q.slice(0, 128, dim=1), k.slice(0, 128, dim=1), 0.0, True)
-    s = warpgroup_mma_wait(0, deps=[s])
-    s = s * (column_scales(scales, 2) * reciprocal(column_scales(scales, 3)))[None, :]
-    s = multiply(q.slice(128, 128, dim=1), k.slice(128, 128, dim=1), s, False)
-    s = warpgroup_mma_wait(0, deps=[s])
-    s = s * column_scales(scales, 3)[None, :]
-    store_p(s, reinterpret(handed, gl.float32, [4096], VECTOR))
-    barrier()
-    mbarrier.arrive(bars.index(S_FULL), count=1)
+def publish(p, decay, small, vectors, bars, i):
+    """Hand tile i's p and the factor for the output so far to the other warpgroup.
 
-
-@gluon.jit
-def publish(p, decay, handed, bars):
-    """Hand a tile's p and the factor for the output so far to the other warpgroup.
-
-    In the place of the logits, which `left_logits` has read.
+    It reads them with ordinary loads, so that no proxy fence is needed.
     """
-    handed.index(0).store(p)
-    reinterpret(handed, gl.float32, [64, 64], VECTOR).index(32).store(decay)
-    fence_async_shared()
+    mbarrier.wait(bars.index(P_FREE), (i & 1) ^ 1)
+    reinterpret(small.index(P), gl.float16, [64, 64], F16).store(p)
+    vectors.index(DECAY).store(decay)
     barrier()
     mbarrier.arrive(bars.index(P_FULL), count=1)
 
@@ -279,38 +270,30 @@ def store_output(acc0, acc1, factor, latent, out, heads, HALF: gl.constexpr):
 @gluon.jit
 def attend_left(
     q, stride_h, sink, out, lse, max_logits, heads, limit, scale_log2,
-    latent, rope, handed, scales, weights, vectors, bars,
+    latent, small, ratios, inverses, weights, vectors, bars,
     SPLIT: gl.constexpr, HAS_SINK: gl.constexpr, WANT_MAX: gl.constexpr,
 ):  # fmt: skip
     """Logits, softmax, lse, and the left half of the output."""
     tiles = tile_count(limit)
-    exchange = reinterpret(handed, gl.float32, [4096], VECTOR)
+    exchange = reinterpret(small.index(P), gl.float32, [2048], VECTOR)
     query = load_query(q, stride_h, heads, 0)
-    row = gl.arange(0, 64, layout=S_ROW)
-    ok = row < heads
-    at = row[:, None].to(gl.int64) * stride_h + (512 + gl.arange(0, 64, layout=S_COLUMN))[None, :]
-    q_rope = gl.load(q + at, mask=ok[:, None], other=0.0).to(gl.float32)
-    exchange.slice(192, 64).store(gl.max(gl.abs(q_rope), 1))
-    barrier()
-    top = query_top(query, exchange.slice(192, 64).load(QUERY_ROW), exchange, bars, 0)
-    power = query_power(top)
+    power = query_power(query_top(query, 0.0, exchange, bars, 0))
     latent.index(0).store((query.to(gl.float32) * power[:, None]).to(gl.float16))
-    exchange.slice(128, 64).store(power)
-    barrier()
-    power = exchange.slice(128, 64).load(S_ROW)
-    rope.index(Q_ROPE).store((q_rope * power[:, None]).to(gl.bfloat16))
+    exchange.slice(128, 64).store(scale_log2 / power)
     fence_async_shared()
     barrier()
-    mbarrier.arrive(bars.index(Q_READ), count=1)
-    factor = scale_log2 / power
+    factor = exchange.slice(128, 64).load(S_ROW)
+    mbarrier.wait(bars.index(Q_FULL), 0)
+    row = gl.arange(0, 64, layout=S_ROW)
+    ok = row < heads
     # p reaches 2^7; the fraction of the base differs by head.
     fraction = ((row * 37) & 63).to(gl.float32) * (1.0 / 64) + 7.0
 
     peak = gl.full([64], float("-inf"), gl.float32, layout=S_ROW)
     k = latent.index(K_SLOTS + wait_half(bars, 0))
-    rope_part = multiply(rope.index(Q_ROPE), rope.index(K_ROPE), 0.0, True)
-    s = left_logits(rope_part, latent.index(0), k, scales, handed, bars, 0)
-    p, peak, base = softmax(s, vectors, 0, factor, peak, fraction)
+    s = multiply(small.index(Q_ROPE), small.index(K_ROPE), 0.0, True)
+    s = logits(s, latent, 0, k, ratios, inverses, 0, 1, bars)
+    p, peak, base = softmax(s, vectors.index(BIAS), 0, factor, peak, fraction)
     decay = exp2(LOWEST - base)
     total = thread_sums(p)
     p = p.to(gl.float16)
@@ -322,15 +305,16 @@ def attend_left(
         zero = i >> 30
         k = latent.index(K_SLOTS + (2 * i) % 3)
         next0, next1 = start_values(p, weights, i & 1, k, acc0, acc1)
-        publish(p, decay, handed, bars)
+        publish(p, decay, small, vectors, bars, i)
         k = latent.index(K_SLOTS + wait_half(bars, 2 * i + 2))
-        rope_part = multiply(rope.index(zero), rope.index(K_ROPE), 0.0, True)
+        s = multiply(small.index(zero), small.index(K_ROPE), 0.0, True)
         next0, next1 = warpgroup_mma_wait(1, deps=[next0, next1])
         barrier()
         mbarrier.arrive(bars.index(FREE + (2 * i) % 3), count=1)
-        s = left_logits(rope_part, latent.index(zero), k, scales, handed, bars, i + 1)
+        other = (i + 1) & 1
+        s = logits(s, latent, zero, k, ratios, inverses, other, 2 * i + 3, bars)
         old = base
-        p, peak, base = softmax(s, vectors, (i + 1) & 1, factor, peak, fraction)
+        p, peak, base = softmax(s, vectors.index(BIAS), other, factor, peak, fraction)
         decay = exp2(old - base)
         acc0 = next0 * gl.convert_layout(decay, O_ROW)[:, None]
         acc1 = next1 * gl.convert_layout(decay, O_ROW)[:, None]
@@ -339,15 +323,13 @@ def attend_left(
     last = tiles - 1
     k = latent.index(K_SLOTS + (2 * last) % 3)
     next0, next1 = start_values(p, weights, last & 1, k, acc0, acc1)
-    publish(p, decay, handed, bars)
+    publish(p, decay, small, vectors, bars, last)
     acc0, acc1 = warpgroup_mma_wait(0, deps=[next0, next1])
 
     total = gl.convert_layout(gl.sum(total, 1), S_ROW)
     lse_log2 = base + log2(total)
     lse_log2 = gl.where(total == 0.0, float("-inf"), lse_log2)
-    mbarrier.wait(bars.index(UNIT_FULL), 0)
-    unit = reinterpret(scales, gl.float32, [4, 64], VECTOR).index(0).load(S_ROW)
-    inverse = gl.where(total == 0.0, 0.0, unit / total)
+    inverse = gl.where(total == 0.0, 0.0, vectors.index(UNIT).load(S_ROW) / total)
     if SPLIT:
         gl.store(lse + row, lse_log2, mask=ok)
     else:
@@ -359,7 +341,7 @@ def attend_left(
             inverse = inverse * gl.where((bar == float("-inf")) | (total == 0.0), 1.0, share)
         if WANT_MAX:
             gl.store(max_logits + row, peak * 0.6931471805599453, mask=ok)
-    mbarrier.wait(bars.index(P_READ), 0)
+    mbarrier.wait(bars.index(P_FREE), (tiles & 1) ^ 1)
     exchange.slice(0, 64).store(inverse)
     barrier()
     mbarrier.arrive(bars.index(LAST_FULL), count=1)
@@ -369,50 +351,48 @@ def attend_left(
 @gluon.jit
 def attend_right(
     q, stride_h, out, heads, limit,
-    latent, handed, scales, weights, bars,
+    latent, small, weights, vectors, bars,
 ):  # fmt: skip
-    """Logits of the right half, and the right half of the output from the other's p."""
+    """The right half of the output, from the p that the left warpgroup publishes."""
     tiles = tile_count(limit)
-    exchange = reinterpret(handed, gl.float32, [4096], VECTOR)
+    exchange = reinterpret(small.index(P), gl.float32, [2048], VECTOR)
+    p_shared = reinterpret(small.index(P), gl.float16, [64, 64], F16)
     query = load_query(q, stride_h, heads, 1)
-    power = query_power(query_top(query, 0.0, exchange, bars, 1))
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, NARROW))
+    dims = 512 + gl.arange(0, 64, layout=gl.SliceLayout(0, NARROW))
+    at = row[:, None].to(gl.int64) * stride_h + dims[None, :]
+    rope = gl.load(q + at, mask=(row < heads)[:, None], other=0.0)
+    exchange.slice(192, 64).store(gl.max(gl.abs(rope.to(gl.float32)), 1))
+    barrier()
+    rope_top = exchange.slice(192, 64).load(QUERY_ROW)
+    power = query_power(query_top(query, rope_top, exchange, bars, 1))
     latent.index(1).store((query.to(gl.float32) * power[:, None]).to(gl.float16))
+    exchange.slice(256, 64).store(power)
+    barrier()
+    power = exchange.slice(256, 64).load(gl.SliceLayout(1, NARROW))
+    small.index(Q_ROPE).store((rope.to(gl.float32) * power[:, None]).to(gl.bfloat16))
     fence_async_shared()
     barrier()
-    mbarrier.wait(bars.index(Q_READ), 0)
-    right_logits(latent.index(1), latent, scales, handed, bars, 0)
+    mbarrier.arrive(bars.index(Q_FULL), count=1)
 
     acc0 = gl.full([64, 128], 0.0, gl.float32, layout=O_MMA)
     acc1 = gl.full([64, 128], 0.0, gl.float32, layout=O_MMA)
     for i in range(tiles):
         mbarrier.wait(bars.index(P_FULL), i & 1)
-        decay = reinterpret(handed, gl.float32, [64, 64], VECTOR).index(32).load(O_ROW)
+        decay = vectors.index(DECAY).load(O_ROW)
         acc0 = acc0 * decay[:, None]
         acc1 = acc1 * decay[:, None]
-        # 32 tokens at a time, and two products in flight: more operands would not fit.
-        half = (2 * i + 1) % 3
-        k0 = latent.index(K_SLOTS + half).slice(0, 128, dim=1)
-        k1 = latent.index(K_SLOTS + half).slice(128, 128, dim=1)
-        scale0 = group_weights(weights, i & 1, 2)
-        scale1 = group_weights(weights, i & 1, 3)
-        p = handed.index(0).slice(0, 32, dim=1).load(P_OPERAND)
-        w = weigh(p, scale0.slice(0, 32).load(W_COLUMN))
-        next0 = warpgroup_mma(w, k0.slice(0, 32), warpgroup_mma_init(acc0), is_async=True)
-        w = weigh(p, scale1.slice(0, 32).load(W_COLUMN))
-        next1 = warpgroup_mma(w, k1.slice(0, 32), warpgroup_mma_init(acc1), is_async=True)
-        p = handed.index(0).slice(32, 32, dim=1).load(P_OPERAND)
-        acc0 = warpgroup_mma_wait(1, deps=[next0])
-        w = weigh(p, scale0.slice(32, 32).load(W_COLUMN))
-        next0 = warpgroup_mma(w, k0.slice(32, 32), warpgroup_mma_init(acc0), is_async=True)
-        acc1 = warpgroup_mma_wait(1, deps=[next1])
-        w = weigh(p, scale1.slice(32, 32).load(W_COLUMN))
-        next1 = warpgroup_mma(w, k1.slice(32, 32), warpgroup_mma_init(acc1), is_async=True)
+        p = p_shared.load(P_OPERAND)
+        k = latent.index(K_SLOTS + (2 * i + 1) % 3)
+        w = weigh(p, group_weights(weights, i & 1, 2).load(W_COLUMN))
+        next0 = warpgroup_mma(w, k.slice(0, 128, dim=1), warpgroup_mma_init(acc0), is_async=True)
+        w = weigh(p, group_weights(weights, i & 1, 3).load(W_COLUMN))
+        next1 = warpgroup_mma(w, k.slice(128, 128, dim=1), warpgroup_mma_init(acc1), is_async=True)
+        barrier()
+        mbarrier.arrive(bars.index(P_FREE), count=1)
         acc0, acc1 = warpgroup_mma_wait(0, deps=[next0, next1])
         barrier()
-        mbarrier.arrive(bars.index(FREE + half), count=1)
-        if i + 1 < tiles:
-            right_logits(latent.index((i >> 30) + 1), latent, scales, handed, bars, i + 1)
-    mbarrier.arrive(bars.index(P_READ), count=1)
+        mbarrier.arrive(bars.index(FREE + (2 * i + 1) % 3), count=1)
     mbarrier.wait(bars.index(LAST_FULL), 0)
     inverse = exchange.slice(0, 64).load(O_ROW)
     store_output(acc0, acc1, inverse, latent, out, heads, 1)
@@ -447,7 +427,6 @@ def attend_bounded(
     TOKEN_WORDS: gl.constexpr,  # token stride in 32-bit words
     PACKED: gl.constexpr,  # page stride == page size * token stride
     SPLIT: gl.constexpr,
-    AHEAD: gl.constexpr,  # tiles between the L2 prefetch of rows and their gather
     RIGHT_REGISTERS: gl.constexpr,
     FILL_REGISTERS: gl.constexpr,
 ):
@@ -479,10 +458,9 @@ def attend_bounded(
     max_logits = max_ptr + row if WANT_MAX else lse
 
     latent = gl.allocate_shared_memory(gl.float16, [6, 64, 256], F16)
-    rope = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], F16)
-    # Between the warpgroups in turns: the right groups' logits, p and the factor of the output.
-    handed = gl.allocate_shared_memory(gl.float16, [2, 64, 64], F16)
-    scales = gl.allocate_shared_memory(gl.float32, [4, 64], FLAT)
+    small = gl.allocate_shared_memory(gl.bfloat16, [3, 64, 64], F16)
+    ratios = gl.allocate_shared_memory(gl.float32, [2, 4, 4, 8, 2], BY_THREAD)
+    inverses = gl.allocate_shared_memory(gl.float32, [2, 4, 8, 2], ROW_BY_THREAD)
     weights = gl.allocate_shared_memory(gl.float16, [2, 4, 64], FLAT)
     vectors = gl.allocate_shared_memory(gl.float32, [VECTORS, 64], VECTOR)
     bars = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
@@ -492,20 +470,20 @@ def attend_bounded(
         [
             (attend_left, (
                 q, q_stride_h, sink, out, lse, max_logits, heads, limit, scale_log2,
-                latent, rope, handed, scales, weights, vectors, bars, SPLIT,
+                latent, small, ratios, inverses, weights, vectors, bars, SPLIT,
                 HAS_SINK, WANT_MAX,
             )),
             (attend_right, (
                 q, q_stride_h, out, heads, limit,
-                latent, handed, scales, weights, bars,
+                latent, small, weights, vectors, bars,
             )),
             (fill, (
                 kv_ptr, line, limit, last_slot, page_size, page_words, wild,
-                latent, rope, scales, weights, vectors, bars, TOKEN_WORDS, PACKED, AHEAD, 0,
+                latent, small, ratios, inverses, weights, vectors, bars, TOKEN_WORDS, PACKED, 0,
             )),
             (fill, (
                 kv_ptr, line, limit, last_slot, page_size, page_words, wild,
-                latent, rope, scales, weights, vectors, bars, TOKEN_WORDS, PACKED, AHEAD, 1,
+                latent, small, ratios, inverses, weights, vectors, bars, TOKEN_WORDS, PACKED, 1,
             )),
         ],
         [4, 4, 4],

@@ -131,6 +131,7 @@ def attend(
                 RIGHT_REGISTERS=launch.right_registers,
                 FILL_REGISTERS=launch.fill_registers,
                 num_warps=4,
+                launch_pdl=kernel is attend_any,
             )
         if splits > 1:
             combine(part, part_lse, attn_sink, out, lse)

@@ -570,7 +570,11 @@ def attend(
 ):
     # The head blocks of one token run side by side, so that their shared rows meet in L2.
     pid = gl.program_id(0)
-    if wild_ptr is not None:  # noqa: SIM102  # decided when compiling
+    if wild_ptr is not None:
+        # The launch may begin before the kernel that writes `wild` has ended.
+        gl.inline_asm_elementwise(
+            "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
         if gl.load(wild_ptr + pid * 2) + gl.load(wild_ptr + pid * 2 + 1) == 0:
             return
     head = (pid % head_blocks) * 64
