@@ -30,24 +30,24 @@ class Launch:
     """How a kernel is launched.
 
     Attributes:
-        ahead: tiles between the L2 prefetch of rows and their gather.
         right_registers, fill_registers: per thread of these warpgroups; the first one gets what is
             left of 3 * 168 (three warpgroups) or 4 * 128 (four).
     """
 
-    ahead: int
     right_registers: int
     fill_registers: int
 
 
 # ptxas serialises the products (C7512) if attend_left has less than 224 registers or attend_right
 # less than 192.
-BOUNDED = Launch(ahead=3, right_registers=192, fill_registers=48)
+BOUNDED = Launch(right_registers=192, fill_registers=48)
 # H200, topk 2048, in us, FlashMLA in the same run in brackets: b=128 h=64 153 (120), b=32 h=64 69
 # (52), b=64 h=128 146 (99), b=128 h=128 s_q=2 527 (370), b=1 h=64 29 (21). These registers leave a
-# spilled load in a loop; ahead hardly matters (none at all: 3 % faster in an earlier version),
-# as the gather is not what holds the kernel.
-ANY = Launch(ahead=3, right_registers=192, fill_registers=64)
+# spilled load in a loop.
+ANY = Launch(right_registers=192, fill_registers=64)
+# Tiles between the L2 prefetch of rows and their gather: it hardly matters (none at all: 3 % faster
+# in an earlier version), as the gather is not what holds that kernel.
+AHEAD = 3
 
 
 def attend(
@@ -96,43 +96,54 @@ def attend(
         part_lse = torch.empty(splits, rows, dtype=torch.float32, device=q.device)
     programs = b * s_q * head_blocks * splits
     wild = torch.empty(programs, 2, dtype=torch.int32, device=q.device)
+    arguments = (
+        q,
+        pages[:, : pages.shape[1] // 4 * 4].view(torch.int32),
+        indices,
+        lengths,
+        attn_sink if splits == 1 else None,
+        part,
+        part_lse,
+        max_logits,
+        wild,
+        q.stride(0),
+        q.stride(1),
+        q.stride(2),
+        indices.stride(0),
+        indices.stride(1),
+        pages.stride(0) // 4,
+        cache.page_size,
+        min(cache.num_slots - 1, 2**31 - 1),
+        s_q,
+        heads,
+        head_blocks,
+        topk,
+        splits,
+        split_tiles,
+        scale * math.log2(math.e),
+    )
+    constants = {
+        "TOKEN_WORDS": cache.token_stride // 4,
+        "PACKED": pages.stride(0) == cache.page_size * cache.token_stride,
+        "SPLIT": splits > 1,
+        "num_warps": 4,
+    }
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(q):
-        for kernel, launch in ((attend_bounded, BOUNDED), (attend_any, ANY)):
-            kernel[(programs,)](
-                q,
-                pages[:, : pages.shape[1] // 4 * 4].view(torch.int32),
-                indices,
-                lengths,
-                attn_sink if splits == 1 else None,
-                part,
-                part_lse,
-                max_logits,
-                wild,
-                q.stride(0),
-                q.stride(1),
-                q.stride(2),
-                indices.stride(0),
-                indices.stride(1),
-                pages.stride(0) // 4,
-                cache.page_size,
-                min(cache.num_slots - 1, 2**31 - 1),
-                s_q,
-                heads,
-                head_blocks,
-                topk,
-                splits,
-                split_tiles,
-                scale * math.log2(math.e),
-                TOKEN_WORDS=cache.token_stride // 4,
-                PACKED=pages.stride(0) == cache.page_size * cache.token_stride,
-                SPLIT=splits > 1,
-                AHEAD=launch.ahead,
-                RIGHT_REGISTERS=launch.right_registers,
-                FILL_REGISTERS=launch.fill_registers,
-                num_warps=4,
-                launch_pdl=kernel is attend_any,
-            )
+        attend_bounded[(programs,)](
+            *arguments,
+            RIGHT_REGISTERS=BOUNDED.right_registers,
+            FILL_REGISTERS=BOUNDED.fill_registers,
+            **constants,
+        )
+        attend_any[(programs,)](
+            *arguments,
+            AHEAD=AHEAD,
+            RIGHT_REGISTERS=ANY.right_registers,
+            FILL_REGISTERS=ANY.fill_registers,
+            launch_pdl=True,
+            **constants,
+        )
         if splits > 1:
             combine(part, part_lse, attn_sink, out, lse)
     return out, lse, max_logits
