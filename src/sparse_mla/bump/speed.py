@@ -32,7 +32,7 @@ def workloads_on(device: torch.device, only: str = "") -> list[Workload]:
     if device.type != "cuda":
         return choose(CPU_WORKLOADS, [only] if only else [])
     if only:
-        return choose(GPU_WORKLOADS, [only])
+        return choose([w for w in GPU_WORKLOADS if w.op != "kv_write"], [only])
     return [workload for workload in HEADLINES if workload in GPU_WORKLOADS]
 
 
