@@ -7,7 +7,7 @@ from rich.table import Table
 
 from .arch import Arch
 from .dispatch import Answer, Request
-from .kv_layout import get_layout
+from .kv_layout import LAYOUTS
 from .ops.sparse_decode.config import launch_for
 
 
@@ -30,8 +30,8 @@ def print_answers(request: Request, machine: Arch, answers: list[Answer], consol
     if not chosen:
         console.print("nothing runs this call here")
     elif chosen[0] == "triton" and request.op != "kv_write":
-        quantised = get_layout(request.layout).quantised
-        launch = launch_for(machine, request.heads, quantised)
+        names = [name for name in (request.layout, request.extra_layout) if name]
+        launch = launch_for(machine, request.heads, [LAYOUTS[name] for name in names])
         console.print(
             f"launch: {launch.block_h} heads x {launch.block_t} tokens a step, "
             f"{launch.value_blocks} program(s) over the 512 output dims, {launch.num_warps} warps"
