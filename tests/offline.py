@@ -182,9 +182,10 @@ def call_write(run: Callable[..., object], layout: str) -> None:
     chosen = LAYOUTS[layout]
     scale = torch.ones(1) if chosen.tensor_scale else None
     cache = KVCache.empty(4, 64, chosen, tensor_scale=scale)
-    latent = torch.empty(100, chosen.latent.count, dtype=torch.bfloat16)
-    rope = torch.empty(100, chosen.rope.count, dtype=torch.bfloat16) if chosen.rope else None
-    run(cache, latent, rope, torch.empty(100, dtype=torch.int64), "amax")
+    n = 4096
+    latent = torch.empty(n, chosen.latent.count, dtype=torch.bfloat16)
+    rope = torch.empty(n, chosen.rope.count, dtype=torch.bfloat16) if chosen.rope else None
+    run(cache, latent, rope, torch.empty(n, dtype=torch.int64), "amax")
 
 
 def _cache(layout: str, page_size: int, options: bool) -> KVCache:
