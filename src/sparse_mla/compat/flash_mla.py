@@ -15,6 +15,7 @@ import torch
 
 from ..kv_cache import KVCache
 from ..ops.checks import check_scale
+from ..ops.dense_decode.interface import dense_decode
 from ..ops.sparse_decode.interface import decode
 from ..ops.sparse_prefill.interface import prefill
 
@@ -62,20 +63,24 @@ def flash_mla_with_kvcache(
     topk_length: torch.Tensor | None = None,
     extra_topk_length: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode over a paged cache; sparse mode.
+    """Decode over a paged cache: sparse with `indices`, dense without.
 
     Args:
         q: [b, s_q, h_q, 576] bf16, 1 <= h_q <= 128.
         k_cache: [num_pages, page_size, 1, 656] uint8, int8 or float8_e4m3fn with
             `is_fp8_kvcache=True` (docs/formats.md, v32_fp8), or [num_pages, page_size, 1, 576]
-            bf16 without it. Any page size, padded page strides allowed.
-        block_table, cache_seqlens: unused in sparse mode; may be None.
+            bf16 without it. Any page size, padded page strides allowed. Dense mode takes bf16
+            only, and [num_pages, page_size, h_kv, 576] with h_q a multiple of h_kv.
+        block_table: [b, max_pages] int32, and cache_seqlens, [b] int32, in dense mode; unused in
+            sparse mode, where they may be None.
         head_dim_v: 512.
         tile_scheduler_metadata: from `get_mla_metadata`; never read.
         num_splits: must be None.
         softmax_scale: default 576 ** -0.5.
-        causal: must be False in sparse mode.
-        indices: [b, s_q, topk] int32 slots; None asks for dense decode, which is not there yet.
+        causal: query i of s_q sees the first cache_seqlens - s_q + i + 1 tokens; must be False in
+            sparse mode.
+        indices: [b, s_q, topk] int32 slots; None asks for dense decode, and so must be the options
+            after it.
         attn_sink: [h_q] float32.
         topk_length: [b] int32.
         extra_k_cache, extra_indices_in_kvcache, extra_topk_length: not there yet.
@@ -87,7 +92,18 @@ def flash_mla_with_kvcache(
     if num_splits is not None:
         raise ValueError(f"num_splits is {num_splits!r}, must be None")
     if indices is None:
-        raise NotImplementedError("indices is None: dense decode is not supported yet")
+        sparse = {
+            "attn_sink": attn_sink,
+            "extra_k_cache": extra_k_cache,
+            "extra_indices_in_kvcache": extra_indices_in_kvcache,
+            "topk_length": topk_length,
+            "extra_topk_length": extra_topk_length,
+        }
+        for name, value in sparse.items():
+            if value is not None:
+                raise ValueError(f"{name} is given, must be None when indices is None")
+        _check_head_dim_v("head_dim_v", head_dim_v)
+        return _dense(q, k_cache, block_table, cache_seqlens, softmax_scale, causal, is_fp8_kvcache)
     if causal:
         raise ValueError("causal is True, must be False when indices are given")
     for name, value in (
@@ -113,6 +129,45 @@ def flash_mla_with_kvcache(
     out, lse = decode(
         q, cache, indices, scale=softmax_scale, topk_length=topk_length, attn_sink=attn_sink
     )
+    return out, _empty_as_plus_inf(lse).transpose(1, 2)
+
+
+def _dense(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor | None,
+    cache_seqlens: torch.Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    is_fp8_kvcache: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense decode, one KV head after another."""
+    if is_fp8_kvcache:
+        raise NotImplementedError("is_fp8_kvcache is True: dense decode takes a bf16 cache only")
+    _check_tensor("q", q, 4)
+    _check_tensor("k_cache", k_cache, 4)
+    if block_table is None or cache_seqlens is None:
+        name = "block_table" if block_table is None else "cache_seqlens"
+        raise ValueError(f"{name} is None, must be a tensor when indices is None")
+    if softmax_scale is not None:
+        check_scale(softmax_scale, q.shape[-1], "softmax_scale")
+    kv_heads, heads = k_cache.shape[2], q.shape[2]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"k_cache has {kv_heads} heads, q has {heads}, must be a multiple")
+    layout, group = _bf16_layout(k_cache), heads // kv_heads
+    parts = []
+    for i in range(kv_heads):
+        try:
+            cache = KVCache.from_tensor(k_cache[:, :, i : i + 1], layout)
+        except ValueError as error:
+            raise ValueError(f"k_cache: {error}") from error
+        own = q[:, :, i * group : (i + 1) * group]
+        parts.append(
+            dense_decode(own, cache, block_table, cache_seqlens, scale=softmax_scale, causal=causal)
+        )
+    outs, sums = zip(*parts, strict=True)
+    out = outs[0] if kv_heads == 1 else torch.cat(outs, dim=2)
+    lse = sums[0] if kv_heads == 1 else torch.cat(sums, dim=2)
     return out, _empty_as_plus_inf(lse).transpose(1, 2)
 
 
