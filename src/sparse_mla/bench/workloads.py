@@ -10,7 +10,10 @@ from ..kv_layout import get_layout
 
 @dataclass(frozen=True)
 class Workload:
-    """A shape to measure. Query tokens select random tokens of one shared cache."""
+    """A shape to measure. Query tokens select random tokens of one shared cache.
+
+    In dense decode topk is the length of every sequence, whose pages are random ones.
+    """
 
     op: str
     layout: str
@@ -24,10 +27,12 @@ class Workload:
     def label(self) -> str:
         """Unique among the workloads; `matches` searches its words."""
         shape = f"b={self.b} s_q={self.s_q}"
-        end = ""
+        end = f"topk={self.topk}"
         if self.op == "prefill":
-            shape, end = f"s_q={self.s_q}", f" s_kv={self.s_kv}"
-        return f"{self.op} {self.layout} {shape} h={self.h_q} topk={self.topk}{end}"
+            shape, end = f"s_q={self.s_q}", f"{end} s_kv={self.s_kv}"
+        elif self.op == "dense_decode":
+            end = f"s_k={self.topk}"
+        return f"{self.op} {self.layout} {shape} h={self.h_q} {end}"
 
     def matches(self, text: str) -> bool:
         """Whether every word of `text` is a word of the label."""
@@ -49,7 +54,8 @@ class Workload:
         """Least memory traffic: each distinct selected row once, indices, queries and outputs."""
         layout = get_layout(self.layout)
         rows = min(self.tokens * self.topk, self.s_kv) * layout.bytes_per_token
-        return rows + self.tokens * (4 * self.topk + 2 * self.h_q * (layout.d_qk + layout.d_v))
+        index = 0 if self.op == "dense_decode" else 4 * self.topk
+        return rows + self.tokens * (index + 2 * self.h_q * (layout.d_qk + layout.d_v))
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,10 @@ def _decode(b: int, h_q: int, s_q: int = 1) -> Workload:
 
 def _prefill(h_q: int, s_kv: int, layout: str = "bf16", topk: int = 2048) -> Workload:
     return Workload("prefill", layout, 1, 4096, h_q, topk, s_kv)
+
+
+def _dense(b: int, h_q: int, s_k: int) -> Workload:
+    return Workload("dense_decode", "bf16", b, 1, h_q, s_k, b * s_k)
 
 
 H200 = "NVIDIA H200"
@@ -117,6 +127,7 @@ GOALS = (
     *_faster(1.1, [_prefill(128, 65536), _prefill(64, 32768)]),
     *_faster(1.1, [_prefill(64, 32768, "bf16_nope", 512)]),
     *_faster(2.5, [_prefill(h, 32768) for h in (8, 16, 32)]),
+    *_faster(1.05, [_dense(128, 128, 4096), _dense(128, 128, 2048), _dense(32, 64, 8192)]),
     Goal(H200, _decode(128, 16), "triton", "flash_mla", 0.8),
     Goal(H200, _decode(128, 64), "triton", "flash_mla", 0.7),
     Goal("CPU", CPU_WORKLOADS[0], "cpu", "torch:gather_einsum", 5.0),
