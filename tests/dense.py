@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from drawn import INT_MAX, INT_MIN
+from drawn import INT_MAX, INT_MIN, drawn_tokens, scale_of
 from sparse_mla import KVCache, reference
+from sparse_mla.kv_layout import get_layout
 from sparse_mla.reference import Reference
 
 
@@ -58,21 +59,25 @@ def dense_call(
     b = len(lengths)
     counts = [-(-max(length, 0) // page_size) for length in lengths]
     pages = sum(counts) + spare
-    cache = KVCache.empty(pages, page_size, layout, device=device)
-    if padding:
-        stride = cache.pages.stride(0) + padding
-        cache = KVCache.empty(pages, page_size, layout, device=device, page_stride=stride)
+    kind = get_layout(layout)
+    scale_of_all = scale_of(kind)
+    stride = kind.page_bytes(page_size) + padding if padding else None
+    cache = KVCache.empty(
+        pages,
+        page_size,
+        kind,
+        device=device,
+        page_stride=stride,
+        tensor_scale=None if scale_of_all is None else scale_of_all.to(device),
+    )
     rows = torch.full(cache.rows_view().shape, 0xFF, dtype=torch.uint8)
     order = torch.randperm(pages, generator=made)
     garbage = torch.tensor([INT_MAX, INT_MIN, -1, pages, max(0, pages - 1)], dtype=torch.int32)
     width = max([*counts, 0]) + spare
     table = garbage[torch.randint(0, len(garbage), (b, width), generator=made)]
-    filled = KVCache.empty(pages, page_size, layout)
+    filled = KVCache.empty(pages, page_size, kind, tensor_scale=scale_of_all)
     n = filled.num_slots
-    size = torch.exp(0.5 * torch.randn(n, 4, 1, generator=made))
-    latent = (torch.randn(n, 4, 128, generator=made) * size).view(n, 512)
-    rope = torch.randn(n, 64, generator=made) if cache.layout.rope else None
-    filled.append(latent, rope, torch.arange(n))
+    filled.append(*drawn_tokens(kind, n, made, 0.5), torch.arange(n))
     start = 0
     for i, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         own = order[start : start + count]

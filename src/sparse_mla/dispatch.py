@@ -31,7 +31,9 @@ class Request:
         topk: length of the index lists; for dense decode, tokens that the block table reaches.
         options: names of the optional arguments that were given.
         alignment: bytes; the largest power of two up to 16 that divides the cache's address, page
-            stride and token stride.
+            stride and token stride; of both caches where there are two.
+        extra_layout: name of the extra cache's layout; "" where there is none.
+        extra_topk: length of its index lists.
     """
 
     op: str
@@ -41,6 +43,8 @@ class Request:
     topk: int = 2048
     options: frozenset[str] = frozenset()
     alignment: int = 16
+    extra_layout: str = ""
+    extra_topk: int = 0
 
 
 @dataclass(frozen=True)

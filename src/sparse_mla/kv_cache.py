@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .kv_layout import KVLayout, check_scale_rounding, get_layout
+from .kv_layout import KVLayout, get_layout
+from .kv_quantise import check_scale_rounding
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,17 @@ class KVCache:
             the packed size, as when layers share a pool.
         page_size: tokens per page, any number >= 1.
         layout: what the bytes mean.
-        token_stride: bytes from one token's row to the next, at least `layout.row_bytes`.
+        token_stride: bytes from one token's row to the next, at least `layout.row_bytes`; exactly
+            that in planar layouts.
+        tensor_scale: [1] float32 on the cache's device where the layout has a scale of the whole
+            tensor, None elsewhere. Kernels read it on the device.
     """
 
     pages: torch.Tensor
     page_size: int
     layout: KVLayout
     token_stride: int
+    tensor_scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         pages = self.pages
@@ -37,6 +42,12 @@ class KVCache:
             raise ValueError(f"pages has strides {pages.stride()}, the last dim must be contiguous")
         _check_count("page_size", self.page_size, 1)
         _check_count("token_stride", self.token_stride, self.layout.row_bytes)
+        if self.layout.planar and self.token_stride != self.layout.row_bytes:
+            raise ValueError(
+                f"token_stride is {self.token_stride}, the planar layout {self.layout.name} needs "
+                f"{self.layout.row_bytes}"
+            )
+        self.layout.check_tensor_scale(self.tensor_scale, pages.device)
         need = (self.page_size - 1) * self.token_stride + self.layout.row_bytes
         need += self.page_size * self.layout.footer_bytes
         if pages.shape[1] < need:
@@ -54,10 +65,13 @@ class KVCache:
         *,
         device: torch.device | str | None = None,
         page_stride: int | None = None,
+        tensor_scale: torch.Tensor | None = None,
     ) -> KVCache:
         """A cache of `pages` uninitialised pages.
 
         Args:
+            tensor_scale: [1] float32 on the device where the layout has a scale of the whole
+                tensor.
             page_stride: bytes from one page to the next, a multiple of 16, so that rows of a
                 16-byte layout stay aligned; default the packed size, rounded up.
         """
@@ -72,21 +86,29 @@ class KVCache:
                 f"size of {page_size} tokens in {layout.name}"
             )
         storage = torch.empty(pages, stride, dtype=torch.uint8, device=device)
-        return cls(storage[:, :packed], page_size, layout, layout.row_bytes)
+        return cls(storage[:, :packed], page_size, layout, layout.row_bytes, tensor_scale)
 
     @classmethod
     def from_tensor(
-        cls, tensor: torch.Tensor, layout: str | KVLayout, page_size: int | None = None
+        cls,
+        tensor: torch.Tensor,
+        layout: str | KVLayout,
+        page_size: int | None = None,
+        *,
+        tensor_scale: torch.Tensor | None = None,
     ) -> KVCache:
         """Wrap an engine's cache tensor without copying.
 
         Args:
             tensor: [num_pages, page_size, (1,) width] with a contiguous last dim: bytes (uint8,
                 int8 or float8_e4m3fn, width = bytes per token) or, for the bf16 layouts, bfloat16
-                (width = d_qk). Page and token strides may be padded. Or [num_pages, page bytes]
-                together with `page_size`.
+                (width = d_qk). Page and token strides may be padded; in planar layouts pages
+                only, and the shape says how many bytes a page has, not where a token lies. Or
+                [num_pages, page bytes] together with `page_size`. Rows may also be as wide as
+                `layout.wide_rows` says.
             layout: the layout's name. It is never inferred from the width.
             page_size: needed for a 2-D tensor; otherwise read off the shape.
+            tensor_scale: as in the attributes.
         """
         layout = get_layout(layout)
         raw = _as_bytes(tensor, layout)
@@ -94,13 +116,14 @@ class KVCache:
             if page_size is None:
                 raise ValueError("page_size is None, a 2-D cache tensor needs one")
             _check_count("page_size", page_size, 1)
-            need = layout.page_bytes(page_size)
+            # Without the padding to `page_multiple`: the stride says where the next page is.
+            need = page_size * layout.bytes_per_token
             if raw.shape[1] < need:
                 raise ValueError(
                     f"tensor has pages of {raw.shape[1]} bytes, {page_size} tokens of "
                     f"{layout.name} need {need}"
                 )
-            return cls(raw, page_size, layout, layout.row_bytes)
+            return cls(raw, page_size, layout, layout.row_bytes, tensor_scale)
         if raw.dim() == 4:
             if raw.shape[2] != 1:
                 raise ValueError(
@@ -114,13 +137,14 @@ class KVCache:
         pages, size, width = raw.shape
         if size < 1:
             raise ValueError(f"tensor has shape {tuple(tensor.shape)}, the page size must be >= 1")
-        if width != layout.bytes_per_token:
+        widths = (layout.bytes_per_token, *layout.wide_rows)
+        if width not in widths:
             raise ValueError(
                 f"tensor has {width} bytes per token, layout {layout.name} has "
-                f"{layout.bytes_per_token}"
+                f"{' or '.join(map(str, widths))}"
             )
         page_stride = raw.stride(0) if pages > 1 else layout.page_bytes(size)
-        token_stride = raw.stride(1) if size > 1 else layout.row_bytes
+        token_stride = raw.stride(1) if size > 1 else width
         if layout.planar:
             if token_stride != layout.bytes_per_token and size > 1:
                 raise ValueError(
@@ -138,7 +162,7 @@ class KVCache:
         if pages > 1 and page_stride < span:
             raise ValueError(f"tensor has page stride {page_stride}, a page spans {span} bytes")
         view = raw.as_strided((pages, span), (max(page_stride, span), 1))
-        return cls(view, size, layout, token_stride)
+        return cls(view, size, layout, token_stride, tensor_scale)
 
     @property
     def num_pages(self) -> int:
@@ -203,7 +227,8 @@ class KVCache:
             latent: [n, latent width] floats.
             rope: [n, RoPE width] floats; None where the layout has no separate RoPE part.
             slots: [n] int32 or int64; -1 skips the token. Slots must be distinct.
-            scale_rounding: "amax" (scale = amax/448, fp32) or "pow2" (rounded up to a power of 2).
+            scale_rounding: of fp32 scales: "amax" (amax/448) or "pow2" (rounded up to a power of
+                2). Other scales are rounded as `KVLayout.pack` says.
 
         Raises:
             ValueError: wrong shape, dtype or device; a slot below -1 or >= num_slots.
@@ -225,7 +250,7 @@ class KVCache:
         keep = slots >= 0
         slots, latent = slots[keep], latent[keep]
         rope = None if rope is None else rope[keep]
-        rows, footers = layout.pack(latent, rope, scale_rounding)
+        rows, footers = layout.pack(latent, rope, scale_rounding, self.tensor_scale)
         page, offset = slots // self.page_size, slots % self.page_size
         self.rows_view()[page, offset] = rows
         if layout.planar:
@@ -244,7 +269,7 @@ class KVCache:
         page, offset = slots // self.page_size, slots % self.page_size
         rows = self.rows_view()[page, offset]
         footers = self.footers_view()[page, offset]
-        return self.layout.unpack(rows, footers, dtype)
+        return self.layout.unpack(rows, footers, dtype, self.tensor_scale)
 
 
 def _describe(value: object) -> str:

@@ -1,8 +1,8 @@
 """The definition: sparse MLA attention in plain torch and float64, over the cache bytes.
 
 Slow and simple on purpose. What every argument means is stated once, in docs/semantics.md; where
-a kernel and this file disagree, the kernel is wrong. Values follow the bytes exactly: e4m3 and
-bf16 numbers and fp32 scales are all exact in float64, and so is their product.
+a kernel and this file disagree, the kernel is wrong. Values follow the bytes exactly: e4m3, e2m1
+and bf16 numbers and scales of every kind are exact in float64, and so are their products.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dense import DenseCall, dense_call
 from drawn import INT_MAX, INT_MIN, assert_exact_but_for_rounding, filled_cache
 from sparse_mla import KVCache, decode, dense_decode, reference
 
-LAYOUTS = ["bf16", "bf16_nope"]
+LAYOUTS = ["bf16", "bf16_nope", "fp8_tensor", "v32_fp8"]
 HOSTILE_LENGTHS = (0, 1, 63, 64, 65, 127, 128, 129, 300)
 
 
@@ -235,10 +235,10 @@ def test_wrong_arguments(name: str, value: Any, message: str) -> None:
         dense_decode(**{**call, name: value})
 
 
-def test_a_layout_without_a_kernel() -> None:
+def test_a_layout_that_may_not_stand_alone() -> None:
     call = good()
-    call["cache"] = filled_cache("v32_fp8", 3, 8)
-    with pytest.raises(NotImplementedError, match="no kernel for layout v32_fp8: bf16, bf16_nope"):
+    call["cache"] = filled_cache("v41_fp4_inline", 3, 8)
+    with pytest.raises(ValueError, match="cache has layout v41_fp4_inline"):
         dense_decode(**call)
 
 
@@ -247,7 +247,7 @@ def arguments(call: DenseCall, causal: bool) -> tuple[Any, ...]:
     cache = call.cache
     return (
         call.q, cache.pages, cache.layout.name, cache.page_size, cache.token_stride,
-        call.block_table, call.cache_seqlens, 0.05, causal, 0, False, "",
+        cache.tensor_scale, call.block_table, call.cache_seqlens, 0.05, causal, 0, False, "",
     )  # fmt: skip
 
 

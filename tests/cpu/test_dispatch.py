@@ -124,11 +124,14 @@ def test_new_enough_triton(version: str) -> None:
     assert answer("triton", REQUEST, replace(H200, triton=version))[0]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("machine", [H200, CPU])
-def test_a_layout_without_a_kernel(backend: str, machine: Arch) -> None:
-    ok, reason = answer(backend, replace(REQUEST, layout="v4_fp8"), machine)
-    assert not ok and reason
+def test_a_layout_without_a_kernel(machine: Arch) -> None:
+    for backend in ("cpu", "sm90", "triton"):
+        ok, reason = answer(backend, replace(REQUEST, layout="v5_fp8"), machine)
+        assert not ok and reason
+    assert answer("cpu", replace(REQUEST, layout="v5_fp8"), CPU)[1] == "has no code for v5_fp8"
+    beside = replace(REQUEST, extra_layout="v5_fp8")
+    assert answer("cpu", beside, CPU) == (False, "has no code for v5_fp8")
 
 
 def test_a_backend_asked_for_by_name_runs_or_raises() -> None:

@@ -28,7 +28,7 @@ def check(call: DenseCall, **more: Any) -> None:
 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("launch", LAUNCHES)
-@pytest.mark.parametrize("layout", ["bf16", "bf16_nope"])
+@pytest.mark.parametrize("layout", ["bf16", "bf16_nope", "fp8_tensor"])
 def test_launches(layout: str, launch: str, splits: int) -> None:
     """Every launch, rows that do not fill its blocks, with and without splits."""
     chosen = LAUNCHES[launch]

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..kv_layout import E4M3_MAX, get_layout
+from ..kv_layout import get_layout
+from ..kv_quantise import E4M3_MAX
 from .case import Case, WriteInputs
 from .case_inputs import VALUES, normal, poisoned_cache, rng, uniform
 from .case_special import large_cache

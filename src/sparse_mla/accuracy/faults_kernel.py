@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..kv_cache import KVCache
-from ..kv_layout import E4M3_MAX, FP32_MIN_NORMAL, KVLayout
+from ..kv_layout import KVLayout
+from ..kv_quantise import E4M3_MAX, FP32_MIN_NORMAL
 from .case import Inputs, NotOffered, Output, WriteInputs
 
 # Keeps the decoded keys of one block of query rows near 40 MB in float32.

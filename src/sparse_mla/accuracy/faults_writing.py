@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..kv_cache import KVCache
-from ..kv_layout import E4M3_MAX
+from ..kv_quantise import E4M3_MAX
 from .case import WriteInputs
 from .faults_fault import Fault
 from .faults_kernel import EmulatedKernel, memory_bytes

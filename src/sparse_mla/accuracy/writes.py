@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..kv_cache import KVCache
-from ..kv_layout import E4M3_MAX, FP32_MIN_NORMAL
+from ..kv_quantise import E4M3_MAX, FP32_MIN_NORMAL
 from .case import WriteInputs
 from .metrics import KEPT_ROWS, Metrics
 

@@ -35,11 +35,11 @@ def run(
         if causal and s_q > 1:
             # Query i of s_q: a list of its own length.
             seen = torch.arange(length - s_q + 1, length + 1)
-            values, sums, _ = attend(q[i], cache, slots.expand(s_q, -1), seen, None, scale)
+            values, sums, _ = attend(q[i], [(cache, slots.expand(s_q, -1), seen)], None, scale)
         else:
             # All queries see the same: their heads are heads of one.
             rows = q[i].reshape(1, s_q * heads, d_qk)
-            values, sums, _ = attend(rows, cache, slots, None, None, scale)
+            values, sums, _ = attend(rows, [(cache, slots, None)], None, scale)
         out[i] = values.view(s_q, heads, d_v)
         lse[i] = sums.view(s_q, heads)
     return out, lse

@@ -11,7 +11,13 @@ import torch
 from ... import arch, dispatch
 from ...kv_cache import KVCache
 from ...kv_layout import get_layout
-from ..checks import check_backend, check_query, check_scale, check_vector
+from ..checks import (
+    check_backend,
+    check_main_cache,
+    check_query,
+    check_scale,
+    check_vector,
+)
 
 
 def dense_decode(
@@ -51,8 +57,7 @@ def dense_decode(
         ValueError: an argument's shape, dtype, device or value is not allowed.
         NotImplementedError: no backend supports the call.
     """
-    if not isinstance(cache, KVCache):
-        raise ValueError(f"cache is {type(cache).__name__}, must be a sparse_mla.KVCache")
+    check_main_cache("cache", cache)
     check_query(q, ("b", "s_q", "h_q", "d_qk"), cache)
     _check_block_table(block_table, q)
     if cache_seqlens is None:
@@ -69,6 +74,7 @@ def dense_decode(
         cache.layout.name,
         cache.page_size,
         cache.token_stride,
+        cache.tensor_scale,
         block_table,
         cache_seqlens,
         check_scale(scale, q.shape[-1]),
@@ -104,6 +110,7 @@ def _dense_decode(
     layout: str,
     page_size: int,
     token_stride: int,
+    tensor_scale: torch.Tensor | None,
     block_table: torch.Tensor,
     cache_seqlens: torch.Tensor,
     scale: float,
@@ -112,7 +119,7 @@ def _dense_decode(
     batch_invariant: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    cache = KVCache(pages, page_size, get_layout(layout), token_stride)
+    cache = KVCache(pages, page_size, get_layout(layout), token_stride, tensor_scale)
     request = dispatch.Request(
         op="dense_decode",
         layout=layout,
@@ -132,6 +139,7 @@ def _(
     layout: str,
     page_size: int,
     token_stride: int,
+    tensor_scale: torch.Tensor | None,
     block_table: torch.Tensor,
     cache_seqlens: torch.Tensor,
     scale: float,

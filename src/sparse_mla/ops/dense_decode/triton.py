@@ -33,7 +33,7 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense decode; see interface.dense_decode. num_splits 0 chooses by shape."""
     machine = arch.of(q.device)
-    launch = launch_for(machine, q.shape[1] * q.shape[2], cache.layout.quantised)
+    launch = launch_for(machine, q.shape[1] * q.shape[2], False)
     min_split = launch.block_t
     if batch_invariant and not num_splits:
         num_splits, min_split = INVARIANT_SPLITS, INVARIANT_TOKENS
@@ -77,6 +77,7 @@ def launch_attend(
         part = torch.empty(splits, rows, layout.d_v, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(splits, rows, dtype=torch.float32, device=q.device)
     row_blocks = triton.cdiv(s_q * heads, launch.block_h)
+    machine = arch.of(q.device)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(q):
         triton_kernel.attend[(b * row_blocks * splits * launch.value_blocks,)](
@@ -84,6 +85,7 @@ def launch_attend(
             cache.pages,
             block_table,
             cache_seqlens,
+            cache.tensor_scale,
             part,
             part_lse,
             q.stride(0),
@@ -100,7 +102,9 @@ def launch_attend(
             splits,
             min_split,
             scale * math.log2(math.e),
-            D_ROPE=layout.rope.count if layout.rope else 0,
+            QUANTISED=layout.quantised,
+            HARDWARE_FP8=machine.capability is not None and machine.capability >= (8, 9),
+            D_ROPE=layout.d_qk - 512,
             TOKEN_STRIDE=cache.token_stride,
             CAUSAL=causal and s_q > 1,
             SPLIT=splits > 1,

@@ -1,9 +1,12 @@
-"""The portable Triton kernel of dense decode over bf16 caches.
+"""The portable Triton kernel of dense decode, over bf16 rows or FP8 ones with one scale for all.
 
 A row is one head of one query token; a sequence has s_q * heads of them. One program attends
 BLOCK_H rows of one sequence to one split of its tokens, BLOCK_T at a time, with a running softmax
 in float32 (log2 domain). Splits are cut by each sequence's own length, on the device. Partial
 results are merged by sparse decode's `combine`.
+
+FP8 values go to the tensor cores as bf16, which holds them exactly; the scale of the whole tensor
+multiplies the logits and the output in float32.
 
 Tokens of pages that the cache does not have are masked at the load, as those past the end are.
 """
@@ -11,7 +14,7 @@ Tokens of pages that the cache does not have are masked at the load, as those pa
 import triton
 import triton.language as tl
 
-from ..sparse_decode.triton_kernel import dot, store_tile, to_bf16
+from ..sparse_decode.triton_kernel import dot, load_e4m3, store_tile, to_bf16
 
 
 @triton.jit
@@ -20,12 +23,22 @@ def load_pages(table, token, last, page_size):
     return tl.load(table + token // page_size, mask=token < last, other=-1)
 
 
+@triton.jit
+def load_values(ptr, mask, QUANTISED: tl.constexpr, HARDWARE_FP8: tl.constexpr):
+    """Values of a row at ptr as bf16; masked ones are 0."""
+    if QUANTISED:
+        return load_e4m3(ptr, mask, HARDWARE_FP8)
+    else:
+        return tl.load(ptr, mask=mask, other=0.0)
+
+
 @triton.jit(do_not_specialize=["s_q", "heads", "row_blocks", "max_tokens", "splits", "min_split"])
 def attend(
     q_ptr,  # [b, s_q, heads, D_QK] bf16, strides q_stride_*
     kv_ptr,  # cache bytes, uint8
     table_ptr,  # [b, max_pages] int32
     seqlens_ptr,  # [b] int32
+    tensor_scale_ptr,  # [1] float32, or None
     out_ptr,  # [splits, b, s_q * heads, 512], bf16 when unsplit, else float32
     lse_ptr,  # [splits, b, s_q * heads] float32: natural when unsplit, else log2
     q_stride_b,
@@ -42,7 +55,9 @@ def attend(
     splits,
     min_split,  # least tokens of a split, a multiple of BLOCK_T
     scale_log2,  # softmax scale * log2(e)
-    D_ROPE: tl.constexpr,  # 64, or 0 where the row has no separate RoPE part
+    QUANTISED: tl.constexpr,  # rows of e4m3
+    HARDWARE_FP8: tl.constexpr,
+    D_ROPE: tl.constexpr,  # dims past 512: 64, or 0
     TOKEN_STRIDE: tl.constexpr,  # bytes
     CAUSAL: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -95,6 +110,12 @@ def attend(
         last = tl.minimum(last, seen)
     table = table_ptr + b * table_stride
 
+    factor = tl.full([BLOCK_H], 1.0, tl.float32)
+    if tensor_scale_ptr is not None:
+        tensor_scale = tl.load(tensor_scale_ptr)
+        factor *= tensor_scale
+        scale_log2 *= tensor_scale
+
     base = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     rounded = tl.zeros([BLOCK_H], tl.float32)
@@ -114,18 +135,20 @@ def attend(
         ok = (page >= 0) & (page < num_pages)
         offset = tl.where(ok, page, 0).to(tl.int64) * page_stride
         offset += (token % page_size).to(tl.int64) * TOKEN_STRIDE
-        values = (kv_ptr + offset).to(tl.pointer_type(tl.bfloat16))[:, None]
+        values = (kv_ptr + offset)[:, None]
+        if not QUANTISED:
+            values = values.to(tl.pointer_type(tl.bfloat16))
         mask = ok[:, None]
-        k0 = tl.load(values + dims0, mask=mask, other=0.0)
-        k1 = tl.load(values + dims1, mask=mask, other=0.0)
-        k2 = tl.load(values + dims2, mask=mask, other=0.0)
-        k3 = tl.load(values + dims3, mask=mask, other=0.0)
+        k0 = load_values(values + dims0, mask, QUANTISED, HARDWARE_FP8)
+        k1 = load_values(values + dims1, mask, QUANTISED, HARDWARE_FP8)
+        k2 = load_values(values + dims2, mask, QUANTISED, HARDWARE_FP8)
+        k3 = load_values(values + dims3, mask, QUANTISED, HARDWARE_FP8)
         logits = dot(q0, tl.trans(k0), zero)
         logits = dot(q1, tl.trans(k1), logits)
         logits = dot(q2, tl.trans(k2), logits)
         logits = dot(q3, tl.trans(k3), logits)
         if D_ROPE > 0:
-            k_rope = tl.load(values + (rope_dims + 512), mask=mask, other=0.0)
+            k_rope = load_values(values + (rope_dims + 512), mask, QUANTISED, HARDWARE_FP8)
             logits = dot(q_rope, tl.trans(k_rope), logits)
 
         visible = ok[None, :]
@@ -152,7 +175,6 @@ def attend(
     lse = base + tl.log2(total)
     if not SPLIT:
         lse = lse * 0.6931471805599453
-    factor = tl.full([BLOCK_H], 1.0, tl.float32)
     line = (split.to(tl.int64) * sequences + b) * rows + row
     tl.store(lse_ptr + line, lse, mask=row < tl.where(value_block == 0, rows, 0))
     out = out_ptr + line[:, None] * 512

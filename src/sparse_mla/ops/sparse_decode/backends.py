@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from ...arch import Arch
 from ...dispatch import Backend, Request
+from ...kv_layout import LAYOUTS
 
-LAYOUTS = ("v32_fp8", "bf16", "bf16_nope")
+TRITON_LAYOUTS = ("v32_fp8", "bf16", "bf16_nope")
+SM90_LAYOUTS = ("v32_fp8", "bf16", "bf16_nope")
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
 # Gluon is experimental and changes between minor versions.
@@ -21,8 +23,10 @@ def triton_version(machine: Arch) -> tuple[int, ...]:
 def triton_supports(request: Request, machine: Arch) -> tuple[bool, str]:
     if machine.triton is None:
         return False, "triton is not installed"
-    if request.layout not in LAYOUTS:
+    if request.layout not in TRITON_LAYOUTS:
         return False, f"has no kernel for layout {request.layout}"
+    if request.extra_layout:
+        return False, "has no kernel for an extra cache"
     if triton_version(machine) < MIN_TRITON:
         return False, f"triton is {machine.triton}, needs {'.'.join(map(str, MIN_TRITON))} or newer"
     if machine.device == "cpu":
@@ -41,8 +45,10 @@ def sm90_supports(request: Request, machine: Arch) -> tuple[bool, str]:
         return False, "triton is not installed"
     if machine.device != "cuda" or machine.hip or machine.capability != (9, 0):
         return False, "its wgmma kernels need a Hopper GPU (compute capability 9.0)"
-    if request.layout not in LAYOUTS:
+    if request.layout not in SM90_LAYOUTS:
         return False, f"has no kernel for layout {request.layout}"
+    if request.extra_layout:
+        return False, "has no kernel for an extra cache"
     version = triton_version(machine)
     if version not in GLUON_TRITON:
         tried = ", ".join(f"{major}.{minor}" for major, minor in GLUON_TRITON)
@@ -55,8 +61,9 @@ def sm90_supports(request: Request, machine: Arch) -> tuple[bool, str]:
 def cpu_supports(request: Request, machine: Arch) -> tuple[bool, str]:
     if machine.device != "cpu":
         return False, f"tensors are on {machine.device}"
-    if request.layout not in LAYOUTS:
-        return False, f"has no code for layout {request.layout}"
+    for layout in (request.layout, request.extra_layout):
+        if layout and layout not in LAYOUTS:
+            return False, f"has no code for {layout}"
     return True, "torch on CPU threads, float32 arithmetic"
 
 

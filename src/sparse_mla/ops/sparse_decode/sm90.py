@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import torch
 
-from ...kv_cache import KVCache
 from ..sparse_prefill import sm90 as sm90_bf16
 from . import sm90_fp8
+from .source import Source
 
 
 def run(
     q: torch.Tensor,
-    cache: KVCache,
-    indices: torch.Tensor,
-    topk_length: torch.Tensor | None,
+    sources: list[Source],
     attn_sink: torch.Tensor | None,
     scale: float,
     num_splits: int,
     batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode; see interface.decode. num_splits 0 chooses by shape."""
-    call = q, cache, indices, topk_length, attn_sink, scale, num_splits, batch_invariant
+    (source,) = sources
+    cache, options = source.cache, (attn_sink, scale, num_splits, batch_invariant)
+    call = q, cache, source.indices, source.lengths, *options
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(q):
         if not cache.layout.quantised:

@@ -11,6 +11,7 @@ from ... import arch
 from ...kv_cache import KVCache
 from . import triton_kernel, triton_wgmma_kernel
 from .config import Launch, launch_for
+from .source import Source
 
 # The fewest tokens that are worth a split of their own.
 MIN_SPLIT = 64
@@ -21,15 +22,15 @@ MAX_SPLITS = 64
 
 def run(
     q: torch.Tensor,
-    cache: KVCache,
-    indices: torch.Tensor,
-    topk_length: torch.Tensor | None,
+    sources: list[Source],
     attn_sink: torch.Tensor | None,
     scale: float,
     num_splits: int,
     batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode; see interface.decode. num_splits 0 chooses by shape."""
+    (source,) = sources
+    cache, indices = source.cache, source.indices
     machine = arch.of(q.device)
     launch = launch_for(machine, q.shape[2], cache.layout.quantised)
     tokens = q.shape[0] * q.shape[1]
@@ -38,7 +39,7 @@ def run(
         slots = max(1, machine.multiprocessors) * launch.programs_per_sm
         num_splits = plan_splits(programs, indices.shape[-1], slots, batch_invariant)
     out, lse, _ = launch_attend(
-        q, cache, indices, topk_length, attn_sink, scale, num_splits, launch, False
+        q, cache, indices, source.lengths, attn_sink, scale, num_splits, launch, False
     )
     return out, lse
 
