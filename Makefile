@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 HAS_TORCH := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes)
 
-.PHONY: setup check test kernel-usage lint bench tables report clean
+.PHONY: setup check test kernel-usage sanitize lint bench tables report clean
 
 setup: $(VENV)/.installed
 
@@ -36,6 +36,10 @@ test: setup $(MEASURED)/.installed
 kernel-usage: setup $(MEASURED)/.installed
 	$(BIN)/python tests/offline.py
 	PYTHONPATH=$(MEASURED) $(BIN)/python tests/offline.py
+
+# compute-sanitizer over one case of each kernel; needs a GPU and the CUDA toolkit.
+sanitize: setup
+	$(BIN)/python tests/sanitize.py
 
 lint: setup
 	$(BIN)/ruff check .

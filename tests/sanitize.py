@@ -1,0 +1,149 @@
+"""compute-sanitizer's memcheck and racecheck over one small case of each kernel.
+
+    python tests/sanitize.py                    every case, both tools (`make sanitize`)
+    python tests/sanitize.py --run CASE         the case itself, as the sanitizer starts it
+
+Racecheck orders accesses by barriers and by what each thread arrives on itself. Gluon arrives on an
+mbarrier with one thread, after a barrier of its warps, and that chain it does not follow: it
+reports plain loads and stores of shared memory that are handed over in this way. The ones below
+were read one by one; any other line that it names is a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+import sparse_mla
+from sparse_mla import KVCache
+
+SOURCE = Path(sparse_mla.__file__).parent
+TOOLS = ("memcheck", "racecheck")
+TIME_LIMIT = 180
+
+# By file: lines whose accesses are ordered by an mbarrier on which one thread arrives.
+HANDED_OVER = {
+    "ops/sparse_prefill/sm90_kernel.py": (
+        "even_base = shared.base.index(0).load(LOGIT_ROWS)",
+        "shared.base.index(HALF).store(new_base)",
+        "base = shared.base.index(1).load(LOGIT_ROWS)",
+        "shared.sums.index(2 * HALF).store(exact)",
+        "exact = exact + shared.sums.index(2 - 2 * HALF).load(LOGIT_ROWS)",
+    ),
+    "ops/sparse_prefill/sm90_few_heads_kernel.py": (
+        "bias = shared.bias.load(gl.SliceLayout(1, layout))",
+        "shared.bias.store(gl.where(ok, 0.0, -INF))",
+    ),
+}
+# Triton's own exchange of what a warp-specialised kernel does next, told as the kernel's first or
+# last line.
+EDGES = ("@gluon.jit(", "def ", "gl.store(", "gl.warp_specialize(")
+
+
+def _cache(layout: str) -> KVCache:
+    cache = KVCache.empty(8, 64, layout, device="cuda")
+    slots = torch.arange(cache.num_slots, device="cuda")
+    rope = torch.randn(len(slots), 64, device="cuda") if cache.layout.rope else None
+    cache.append(torch.randn(len(slots), cache.layout.latent.count, device="cuda"), rope, slots)
+    return cache
+
+
+def _decode(backend: str, heads: int, layout: str = "v32_fp8") -> None:
+    cache = _cache(layout)
+    q = torch.randn(2, 2, heads, cache.layout.d_qk, device="cuda", dtype=torch.bfloat16)
+    indices = torch.randint(-1, cache.num_slots, (2, 2, 300), device="cuda", dtype=torch.int32)
+    for splits in (1, 3):
+        sparse_mla.decode(
+            q, cache, indices, backend=backend, num_splits=splits, batch_invariant=True
+        )
+
+
+def _prefill(backend: str, heads: int) -> None:
+    rows = torch.randn(512, 1, 576, device="cuda", dtype=torch.bfloat16)
+    q = torch.randn(5, heads, 576, device="cuda", dtype=torch.bfloat16)
+    indices = torch.randint(-1, 512, (5, 300), device="cuda", dtype=torch.int32)
+    sparse_mla.prefill(q, rows, indices, scale=0.04, backend=backend)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "decode-sm90-16": lambda: _decode("sm90", 16),
+    "decode-sm90-64": lambda: _decode("sm90", 64),
+    "decode-sm90-bf16-64": lambda: _decode("sm90", 64, "bf16"),
+    "decode-triton-16": lambda: _decode("triton", 16),
+    "decode-triton-bf16-64": lambda: _decode("triton", 64, "bf16"),
+    "prefill-sm90-16": lambda: _prefill("sm90", 16),
+    "prefill-sm90-64": lambda: _prefill("sm90", 64),
+}
+
+
+def source_lines(name: str, line: int) -> Iterator[tuple[str, str]]:
+    """(file below the package, text) that `name`:`line` of a report may stand for."""
+    for path in SOURCE.rglob(Path(name).name):
+        lines = path.read_text().splitlines()
+        if str(path).endswith(name) and line <= len(lines):
+            yield str(path.relative_to(SOURCE)), lines[line - 1].strip()
+
+
+def unexplained(report: str) -> list[str]:
+    """The accesses of racecheck's hazards that HANDED_OVER and EDGES do not hold."""
+    others = []
+    for name, line in sorted(set(re.findall(r"access at \S+ in (\S+?\.py):(\d+)", report))):
+        known = [
+            text in HANDED_OVER.get(file, ()) or text.startswith(EDGES)
+            for file, text in source_lines(name, int(line))
+        ]
+        if not any(known):
+            others.append(f"{name}:{line}")
+    return others
+
+
+def sanitize(tool: str, case: str) -> tuple[bool, str]:
+    """Whether the tool is content with the case, and its report."""
+    command = ["compute-sanitizer", "--tool", tool, sys.executable, __file__, "--run", case]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
+    except FileNotFoundError:
+        sys.exit("compute-sanitizer is not installed: it comes with the CUDA toolkit")
+    except subprocess.TimeoutExpired:
+        return False, f"no answer in {TIME_LIMIT} s"
+    report = done.stdout + done.stderr
+    if done.returncode or "SUMMARY" not in report:
+        return False, report
+    if tool == "memcheck":
+        return "ERROR SUMMARY: 0 errors" in report, report
+    others = unexplained(report)
+    named = len(re.findall("Race reported", report))
+    return not others, f"{named} hazards, not explained: {', '.join(others) or 'none'}\n{report}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", choices=CASES)
+    parser.add_argument("--only", default="", help="cases whose name holds this text")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    if options.run:
+        CASES[options.run]()
+        torch.cuda.synchronize()
+        return 0
+    jobs = [(tool, case) for tool in TOOLS for case in CASES if options.only in case]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda job: sanitize(*job), jobs))
+    for (tool, case), (ok, report) in zip(jobs, results, strict=True):
+        first = report.splitlines()[0] if ok and tool == "racecheck" else ""
+        print(f"{tool:10} {case:24} {'ok' if ok else 'FAILED'}  {first}")
+        if not ok:
+            print(report)
+    return 0 if all(ok for ok, _ in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
