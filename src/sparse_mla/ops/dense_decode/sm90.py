@@ -32,19 +32,32 @@ class Launch:
     """How `sm90_kernel.attend` is launched.
 
     Attributes:
+        prefetch: bring tiles into L2 a pair ahead.
+        turns: the odd tile's logits wait until the even tile's are there.
+        rope_in_registers: Q's RoPE part is an operand from registers.
         rounded_sums: divide by the sum of the rounded weights instead of the exact sum.
-        ahead: pairs of tiles between the L2 prefetch and the load.
         right_registers, loader_registers: per thread of the worker warps; the default ones get
             what is left of 504.
     """
 
+    prefetch: bool
+    turns: bool
+    rope_in_registers: bool
     rounded_sums: bool
-    ahead: int
     right_registers: int
     loader_registers: int
 
 
-LAUNCH = Launch(True, 1, 224, 56)
+# One block of rows per sequence: memory sets the time. b=32 h=64 s_k=8192: 98 us, 110 with
+# prefetch.
+ONE_BLOCK = Launch(False, False, False, True, 224, 56)
+# Two and more share rows by L2.
+BLOCKS = Launch(True, True, False, False, 224, 56)
+
+
+def launch_for(blocks: int) -> Launch:
+    """The launch for a number of blocks of rows per sequence."""
+    return ONE_BLOCK if blocks == 1 else BLOCKS
 
 
 def run(
@@ -56,9 +69,12 @@ def run(
     causal: bool,
     num_splits: int,
     batch_invariant: bool,
-    launch: Launch = LAUNCH,
+    launch: Launch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense decode; see interface.dense_decode. num_splits 0 shares all tokens out evenly."""
+    if q.is_cuda:
+        # Binds the device's context to a thread that has none yet: descriptors need it.
+        torch.cuda.is_current_stream_capturing()
     if cache.alignment < ALIGNMENT:
         raise ValueError(
             f"the cache is aligned to {cache.alignment} bytes, the kernels need {ALIGNMENT}"
@@ -72,6 +88,7 @@ def run(
     if q.data_ptr() % ALIGNMENT or any(stride % 8 for stride in q.stride()[:-1]):
         q = q.contiguous()
     blocks = triton.cdiv(s_q * heads, ROWS)
+    launch = launch_for(blocks) if launch is None else launch
     parts = max(1, arch.of(q.device).multiprocessors // blocks)
     max_tokens = min(block_table.shape[1] * cache.page_size, 2**31 - 1)
     chunks, least = num_splits or 1, 1
@@ -88,6 +105,7 @@ def run(
         if not chunked:
             plan = torch.empty(parts, 2, dtype=torch.int32, device=q.device)
     wide, narrow, page_rows = _descriptors(cache)
+    packed = cache.token_stride == layout.row_bytes
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(q):
         sm90_kernel.attend[(blocks * parts,)](
@@ -120,7 +138,10 @@ def run(
             D_ROPE=layout.rope.count if layout.rope else 0,
             TOKEN_STRIDE=cache.token_stride // ALIGNMENT,
             TMA=wide is not None,
-            AHEAD=launch.ahead,
+            # Rows far apart would be prefetched with what lies between them.
+            PREFETCH=launch.prefetch and wide is not None and packed,
+            TURNS=launch.turns,
+            ROPE_IN_REGISTERS=launch.rope_in_registers,
             CAN_SPLIT=split,
             CHUNKED=chunked,
             ROW_LIMITS=causal and s_q > 1,

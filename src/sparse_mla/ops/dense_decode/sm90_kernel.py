@@ -2,8 +2,8 @@
 
 A row is one head of one query token; a sequence has s_q * heads of them, in blocks of 64. The grid
 is blocks x parts: all parts together walk over all sequences, each over an equal share of their
-tokens (`plan`), and the CTAs of one part, one for each block, read the same rows of the cache at
-the same time, so that they meet in L2.
+tokens (sm90_work.py), and the CTAs of one part, one for each block, read the same rows of the cache
+at the same time, so that they meet in L2.
 
 Three groups of four warps share the work on 64-token tiles of K, two tiles (a pair) at a time, as
 in sparse_prefill/sm90_kernel.py:
@@ -14,16 +14,15 @@ in sparse_prefill/sm90_kernel.py:
             or one of several pages, by cp.async, 16 bytes a lane, with zeros for absent tokens
 
 Each consumer's own P comes from its registers, the other's from shared memory. Both apply P0, then
-P1, and the softmax's reference, the running maximum, goes from hand to hand with them.
+P1, and the softmax's reference, the running maximum, goes from hand to hand with them. The products
+with P0 run on the right while it does the softmax of its own tile.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
@@ -32,7 +31,6 @@ from triton.language.core import _aggregate as aggregate
 
 from ..gluon_compat import barrier
 from ..sparse_prefill.sm90_kernel import (
-    COPY_ROWS,
     INF,
     LN2,
     LOGIT_ROWS,
@@ -46,328 +44,108 @@ from ..sparse_prefill.sm90_kernel import (
     STORE_ROWS,
     TILE,
     WEIGHTS,
-    Shared,
-    copy_rows,
     exp2,
     finite,
     log2,
     opaque_zero,
     round_weights,
-    tile_logits,
 )
+from .sm90_load_kernel import LANES, load_tiles
+from .sm90_work import Work, plan
 
 LOGIT_COLUMNS = gl.constexpr(gl.SliceLayout(0, LOGITS))
-# Sequences that `plan` looks at together.
-SEQUENCES = gl.constexpr(256)
-PLAN = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
-# The loader's threads, for prefetching.
-LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+QUERY = gl.constexpr(gl.DotOperandLayout(0, LOGITS, 2))
 
 
 @aggregate
-class Work:
-    """What this CTA attends: `segments` pieces of sequences, from unit `first` of `sequence` on.
+class Shared:
+    """Shared memory and barriers. `full` and `free` barriers have one phase per pair or segment."""
 
-    A unit is a pair of tiles, or where sequences are cut by their own lengths alone (CHUNKED), one
-    such piece.
-    """
-
-    seqlens: gl.tensor  # [b] int32
-    table: gl.tensor  # [b, pages] int32
-    table_stride: gl.tensor
-    max_tokens: gl.tensor  # what the table reaches
-    s_q: gl.tensor
-    heads: gl.tensor
-    block: gl.tensor
-    part: gl.tensor
-    sequence: gl.tensor
-    first: gl.tensor
-    units: gl.tensor
-    segments: gl.tensor
-    max_chunks: gl.tensor
-    min_chunk: gl.tensor  # pairs
+    q_left: gl.shared_memory_descriptor  # [1, 64, 256] bf16
+    q_right: gl.shared_memory_descriptor  # [1, 64, 256]
+    q_rope: gl.shared_memory_descriptor  # [1, 64, 64]
+    k_left: gl.shared_memory_descriptor  # [2, 64, 256], one tile each
+    k_right: gl.shared_memory_descriptor  # [2, 64, 256]
+    k_rope: gl.shared_memory_descriptor  # [2, 64, 64]
+    p0: gl.shared_memory_descriptor  # [1, 64, 64]; the rope columns of K0, dead by then
+    p1: gl.shared_memory_descriptor  # [1, 64, 64]
+    bias: gl.shared_memory_descriptor  # [2, 64] float32, 0 or -inf per token
+    base: gl.shared_memory_descriptor  # [2, 64] float32, running maximum after either tile
+    sums: gl.shared_memory_descriptor  # [4, 64] float32: exact and rounded sums of both consumers
+    left_full: gl.shared_memory_descriptor  # [2, 1] k_left is there
+    right_full: gl.shared_memory_descriptor  # [2, 1] k_right, k_rope and bias are there
+    left_free: gl.shared_memory_descriptor  # [2, 1]
+    right_free: gl.shared_memory_descriptor  # [2, 1]
+    q_full: gl.shared_memory_descriptor
+    q_free: gl.shared_memory_descriptor
+    p_full: gl.shared_memory_descriptor  # [2, 1] P and base of either tile are there
+    sums_full: gl.shared_memory_descriptor  # [2, 1] of either consumer
+    turn: gl.shared_memory_descriptor  # the even tile's logits are there; with TURNS
 
     @gluon.constexpr_function
     def __init__(self, *fields):
         (
-            self.seqlens,
-            self.table,
-            self.table_stride,
-            self.max_tokens,
-            self.s_q,
-            self.heads,
-            self.block,
-            self.part,
-            self.sequence,
-            self.first,
-            self.units,
-            self.segments,
-            self.max_chunks,
-            self.min_chunk,
+            self.q_left,
+            self.q_right,
+            self.q_rope,
+            self.k_left,
+            self.k_right,
+            self.k_rope,
+            self.p0,
+            self.p1,
+            self.bias,
+            self.base,
+            self.sums,
+            self.left_full,
+            self.right_full,
+            self.left_free,
+            self.right_free,
+            self.q_full,
+            self.q_free,
+            self.p_full,
+            self.sums_full,
+            self.turn,
         ) = fields
 
-    @gluon.jit
-    def segment(self, sequence, first, units, CHUNKED: gl.constexpr, ROW_LIMITS: gl.constexpr):
-        """Tokens of the sequence, the segment's pairs [first, last), whether it is the whole
-        sequence, its slot of the partial results, and the next (sequence, first, units)."""
-        length = gl.maximum(gl.minimum(gl.load(self.seqlens + sequence), self.max_tokens), 0)
-        pairs = pairs_of(length)
-        if CHUNKED:
-            chunk = chunk_of(pairs, self.max_chunks, self.min_chunk)
-            start = first * chunk
-            end = gl.minimum(start + chunk, pairs)
-            taken = 1
-            slot = sequence * self.max_chunks + first
-        else:
-            start = first
-            end = gl.minimum(start + units, pairs)
-            taken = end - start
-            slot = self.part * 2 + gl.where(sequence == self.sequence, 0, 1)
-        whole = (start == 0) & (end == pairs)
-        ended = end == pairs
-        if ROW_LIMITS:
-            # No row of this block sees more than its last row.
-            query = gl.minimum((self.block * TILE + (TILE - 1)) // self.heads, self.s_q - 1)
-            seen = pairs_of(length - self.s_q + query + 1)
-            end = gl.maximum(gl.minimum(end, seen), start + 1)
-        return (
-            length,
-            start,
-            end,
-            whole,
-            slot,
-            gl.where(ended, sequence + 1, sequence),
-            gl.where(ended, 0, first + taken),
-            units - taken,
-        )
-
-    @gluon.jit
-    def rows(self):
-        """Rows of a sequence."""
-        return self.s_q * self.heads
-
 
 @gluon.jit
-def pairs_of(length):
-    """Pairs of tiles to go through for so many tokens: at least one, all masked if need be."""
-    return gl.maximum((length + (PAIR - 1)) // PAIR, 1)
-
-
-@gluon.jit
-def chunk_of(pairs, max_chunks, min_chunk):
-    """Pairs of a piece, by the sequence's own length."""
-    return gl.maximum((pairs + max_chunks - 1) // max_chunks, min_chunk)
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
-
-
-@gluon.jit
-def load_units(seqlens, start, b, max_tokens, max_chunks, min_chunk, CHUNKED: gl.constexpr):
-    """Units of SEQUENCES sequences from `start` on, 0 where there is none, and which exist."""
-    index = start + gl.arange(0, SEQUENCES, layout=PLAN)
-    there = index < b
-    length = gl.load(seqlens + index, mask=there, other=0)
-    units = pairs_of(gl.maximum(gl.minimum(length, max_tokens), 0))
-    if CHUNKED:
-        chunk = chunk_of(units, max_chunks, min_chunk)
-        units = (units + chunk - 1) // chunk
-    return gl.where(there, units, 0), there
-
-
-@gluon.jit
-def plan(seqlens, b, max_tokens, max_chunks, min_chunk, part, parts, CHUNKED: gl.constexpr):
-    """This part's share of all units: its first sequence, the unit there, units, segments."""
-    total = 0
-    least = 2147483647
-    most = 0
-    for start in range(0, b, SEQUENCES):
-        units, there = load_units(seqlens, start, b, max_tokens, max_chunks, min_chunk, CHUNKED)
-        total += gl.sum(units, 0)
-        most = gl.maximum(most, gl.max(units, 0))
-        least = gl.minimum(least, gl.min(gl.where(there, units, 2147483647), 0))
-    size = (total + parts - 1) // parts
-    if not CHUNKED:
-        # Sequences of one length are left whole where that costs less than cutting them.
-        whole = (size + most - 1) // most * most
-        size = gl.where((least == most) & (whole * 16 <= size * 17), whole, size)
-    begin = part * size
-    end = gl.minimum(begin + size, total)
-    sequence = 0
-    before = 0  # units before `sequence`
-    last = 0
-    carry = 0
-    for start in range(0, b, SEQUENCES):
-        units, there = load_units(seqlens, start, b, max_tokens, max_chunks, min_chunk, CHUNKED)
-        ends = carry + gl.associative_scan(units, 0, _add)
-        over = there & (ends <= begin)
-        sequence += gl.sum(over.to(gl.int32), 0)
-        before = gl.maximum(before, gl.max(gl.where(over, ends, 0), 0))
-        last += gl.sum((there & (ends < end)).to(gl.int32), 0)
-        carry += gl.sum(units, 0)
-    units = gl.maximum(end - begin, 0)
-    segments = units if CHUNKED else last - sequence + 1
-    return sequence, begin - before, units, gl.where(units > 0, segments, 0)
-
-
-@gluon.jit
-def prefetch_tile(ptr, BYTES: gl.constexpr):
-    """Ask for BYTES contiguous bytes, aligned to 128, to be brought into L2."""
-    lane = gl.arange(0, 128, layout=LANES)
-    for i in gl.static_range((BYTES // 128 + 127) // 128):
-        line = lane + i * 128
-        gl.inline_asm_elementwise(
-            "{.reg .pred p; setp.lt.s32 p, $2, $3; @p prefetch.global.L2 [$1]; mov.u32 $0, 0;}",
-            "=r,l,r,r",
-            [(ptr + line * 64).to(gl.int64), line, gl.full([128], BYTES // 128, gl.int32, LANES)],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@gluon.jit
-def load_tiles(
-    work,
+def tile_logits(
     shared,
-    q_ptr,
-    kv_ptr,
-    wide,
-    narrow,
-    q_stride_b,
-    q_stride_s,
-    q_stride_h,
-    page_stride,
-    page_size,
-    page_rows,
-    num_pages,
-    prefetching,
+    q_rope,  # in registers, or None
+    TILE_OF_PAIR: gl.constexpr,
+    zero,
+    phase,
+    scale_log2,
     D_ROPE: gl.constexpr,
-    TOKEN_STRIDE: gl.constexpr,
-    TMA: gl.constexpr,
-    AHEAD: gl.constexpr,
-    CHUNKED: gl.constexpr,
-    ROW_LIMITS: gl.constexpr,
+    TURNS: gl.constexpr,
 ):
-    """The loader: Q of each segment, then its tiles of K."""
-    rows = gl.arange(0, TILE, layout=COPY_ROWS)
-    sequence = work.sequence
-    first = work.first
-    units = work.units
-    done = 0
-    for k in range(work.segments):
-        length, start, end, _, _, next_sequence, first, units = work.segment(
-            sequence, first, units, CHUNKED, ROW_LIMITS
-        )
-        table = work.table + sequence.to(gl.int64) * work.table_stride
-        token = start * PAIR
-        if TMA:
-            page0 = gl.load(table + token // page_size, mask=token < length, other=-1)
-            token1 = token + TILE
-            page1 = gl.load(table + token1 // page_size, mask=token1 < length, other=-1)
+    """Logits of a tile in the log2 domain, [64, 64], -inf for masked tokens."""
+    if TURNS and TILE_OF_PAIR == 1:
+        mbarrier.wait(shared.turn, phase)
+    s = warpgroup_mma_init(gl.zeros([TILE, TILE], gl.float32, layout=LOGITS))
+    mbarrier.wait(shared.left_full.index(TILE_OF_PAIR), phase)
+    keys = shared.k_left.index(TILE_OF_PAIR + zero).permute((1, 0))
+    s = warpgroup_mma(shared.q_left.index(zero), keys, s, use_acc=False, is_async=True)
+    mbarrier.wait(shared.right_full.index(TILE_OF_PAIR), phase)
+    keys = shared.k_right.index(TILE_OF_PAIR + zero).permute((1, 0))
+    s = warpgroup_mma(shared.q_right.index(zero), keys, s, is_async=True)
+    if D_ROPE > 0:
+        keys = shared.k_rope.index(TILE_OF_PAIR + zero).permute((1, 0))
+        if q_rope is not None:
+            s = warpgroup_mma(q_rope, keys, s, is_async=True)
         else:
-            tokens = token + rows
-            page0 = gl.load(table + tokens // page_size, mask=tokens < length, other=-1)
-            tokens = tokens + TILE
-            page1 = gl.load(table + tokens // page_size, mask=tokens < length, other=-1)
-
-        row = work.block * TILE + rows
-        q_offsets = sequence.to(gl.int64) * q_stride_b
-        q_offsets = q_offsets + (row // work.heads).to(gl.int64) * q_stride_s
-        q_offsets = (q_offsets + (row % work.heads).to(gl.int64) * q_stride_h) * 8
-        there = row < work.rows()
-        mbarrier.wait(shared.q_free, (k & 1) ^ 1)
-        copy_rows(shared.q_left.index(0), q_ptr, q_offsets, there, 0, 256)
-        copy_rows(shared.q_right.index(0), q_ptr, q_offsets, there, 256, 256)
-        if D_ROPE > 0:
-            copy_rows(shared.q_rope.index(0), q_ptr, q_offsets, there, 512, 64)
-        async_copy.mbarrier_arrive(shared.q_full, increment_count=False)
-        for j in range(start, end):
-            phase = ((done + j - start) & 1) ^ 1
-            for stage in gl.static_range(2):
-                page = page0 if stage == 0 else page1
-                token = j * PAIR + stage * TILE
-                if TMA and AHEAD > 0:
-                    later = token + AHEAD * PAIR
-                    if (later + TILE <= length) & ((prefetching >> stage) & 1 != 0):
-                        asked = gl.load(table + later // page_size)
-                        if (asked >= 0) & (asked < num_pages):
-                            at = asked.to(gl.int64) * page_stride
-                            at += (later % page_size).to(gl.int64) * TOKEN_STRIDE
-                            prefetch_tile(kv_ptr + at * 8, 16 * TILE * TOKEN_STRIDE)
-                if TMA:
-                    known = (page >= 0) & (page < num_pages)
-                    ok = (token + rows < length) & known
-                    offset = token % page_size
-                    if (token + TILE <= length) & known:
-                        line = page * page_rows + offset
-                        mbarrier.wait(shared.left_free.index(stage), phase)
-                        mbarrier.expect(shared.left_full.index(stage), 32768)
-                        tma.async_copy_global_to_shared(
-                            wide,
-                            [line, 0],
-                            shared.left_full.index(stage),
-                            shared.k_left.index(stage),
-                        )
-                        mbarrier.arrive(shared.left_full.index(stage), count=127)
-                        mbarrier.wait(shared.right_free.index(stage), phase)
-                        mbarrier.expect(
-                            shared.right_full.index(stage), 32768 + (8192 if D_ROPE > 0 else 0)
-                        )
-                        tma.async_copy_global_to_shared(
-                            wide,
-                            [line, 256],
-                            shared.right_full.index(stage),
-                            shared.k_right.index(stage),
-                        )
-                        if D_ROPE > 0:
-                            tma.async_copy_global_to_shared(
-                                narrow,
-                                [line, 512],
-                                shared.right_full.index(stage),
-                                shared.k_rope.index(stage),
-                            )
-                        mbarrier.arrive(shared.right_full.index(stage), count=127)
-                    else:
-                        offsets = gl.where(known, page, 0).to(gl.int64) * page_stride
-                        offsets = offsets + (offset + rows).to(gl.int64) * TOKEN_STRIDE
-                        copy_tile(shared, stage, kv_ptr, offsets * 8, ok, phase, D_ROPE)
-                else:
-                    tokens = token + rows
-                    ok = (page >= 0) & (page < num_pages) & (tokens < length)
-                    offsets = gl.where(ok, page, 0).to(gl.int64) * page_stride
-                    offsets = offsets + (tokens % page_size).to(gl.int64) * TOKEN_STRIDE
-                    copy_tile(shared, stage, kv_ptr, offsets * 8, ok, phase, D_ROPE)
-                shared.bias.index(stage).store(gl.where(ok, 0.0, -INF))
-                barrier()
-                mbarrier.arrive(shared.right_full.index(stage), count=1)
-                # Page numbers are loaded a pair ahead.
-                if TMA:
-                    later = token + PAIR
-                else:
-                    later = token + PAIR + rows
-                fresh = gl.load(table + later // page_size, mask=later < length, other=-1)
-                if stage == 0:
-                    page0 = fresh
-                else:
-                    page1 = fresh
-        sequence = next_sequence
-        done += end - start
+            s = warpgroup_mma(shared.q_rope.index(zero), keys, s, is_async=True)
+    # Loaded while the products run: later it would queue behind the other consumer's operands.
+    bias = shared.bias.index(TILE_OF_PAIR).load(LOGIT_COLUMNS)
+    s = warpgroup_mma_wait(0, deps=[s])
+    if TURNS and TILE_OF_PAIR == 0:
+        mbarrier.arrive(shared.turn, count=1)
+    return s * scale_log2 + bias[None, :]
 
 
 @gluon.jit
-def copy_tile(shared, STAGE: gl.constexpr, kv_ptr, offsets, ok, phase, D_ROPE: gl.constexpr):
-    """A tile row by row, zeros where not ok."""
-    mbarrier.wait(shared.left_free.index(STAGE), phase)
-    copy_rows(shared.k_left.index(STAGE), kv_ptr, offsets, ok, 0, 256)
-    async_copy.mbarrier_arrive(shared.left_full.index(STAGE), increment_count=False)
-    mbarrier.wait(shared.right_free.index(STAGE), phase)
-    copy_rows(shared.k_right.index(STAGE), kv_ptr, offsets, ok, 256, 256)
-    if D_ROPE > 0:
-        copy_rows(shared.k_rope.index(STAGE), kv_ptr, offsets, ok, 512, 64)
-    async_copy.mbarrier_arrive(shared.right_full.index(STAGE), increment_count=False)
+def rescale(acc, decay):
+    return warpgroup_mma_init(acc * gl.convert_layout(decay, OUT_ROWS)[:, None])
 
 
 @gluon.jit
@@ -401,6 +179,8 @@ def attend_half(
     scale_log2,
     HALF: gl.constexpr,  # 0: left, 1: right
     D_ROPE: gl.constexpr,
+    TURNS: gl.constexpr,
+    ROPE_IN_REGISTERS: gl.constexpr,
     ROUNDED_SUMS: gl.constexpr,
     CAN_SPLIT: gl.constexpr,
     CHUNKED: gl.constexpr,
@@ -425,24 +205,30 @@ def attend_half(
         rounded = exact
         acc = gl.zeros([TILE, 256], gl.float32, layout=OUT)
         mbarrier.wait(shared.q_full, k & 1)
+        q_rope = None
+        if ROPE_IN_REGISTERS and D_ROPE > 0:
+            q_rope = shared.q_rope.index(0).load(QUERY)
         for j in range(pairs):
             zero = opaque_zero(j)
             phase = (done + j) & 1
-            s = tile_logits(shared, HALF, zero, phase, scale_log2, D_ROPE)
+            s = tile_logits(shared, q_rope, HALF, zero, phase, scale_log2, D_ROPE, TURNS)
             if ROW_LIMITS:
                 token = (start + j) * PAIR + HALF * TILE
                 if token + TILE > length - work.s_q + 1:
                     tokens = token + gl.arange(0, TILE, layout=LOGIT_COLUMNS)
                     limit = length - work.s_q + 1 + row // work.heads
                     s = gl.where(tokens[None, :] < limit[:, None], s, -INF)
-            peak = gl.max(s, 1)
             if HALF == 0:
-                even_base = gl.maximum(base, peak)
+                even_base = gl.maximum(base, gl.max(s, 1))
                 new_base = even_base
             else:
                 mbarrier.wait(shared.p_full.index(0), phase)
                 even_base = shared.base.index(0).load(LOGIT_ROWS)
-                new_base = gl.maximum(even_base, peak)
+                decay = exp2(base - finite(even_base))
+                acc = rescale(acc, decay)
+                # In flight during the softmax.
+                acc = warpgroup_mma(shared.p0.index(zero), values.index(zero), acc, is_async=True)
+                new_base = gl.maximum(even_base, gl.max(s, 1))
             shift = finite(new_base)
             p = exp2(s - shift[:, None])
             weights, p_rounded = round_weights(p)
@@ -454,16 +240,15 @@ def attend_half(
             if HALF == 1:
                 mbarrier.arrive(shared.q_free, count=1, pred=j == pairs - 1)
 
-            decay = exp2(base - finite(even_base))
-            acc = warpgroup_mma_init(acc * gl.convert_layout(decay, OUT_ROWS)[:, None])
             if HALF == 0:
+                decay = exp2(base - finite(even_base))
+                acc = rescale(acc, decay)
                 own = gl.convert_layout(weights, WEIGHTS)
                 acc = warpgroup_mma(own, values.index(zero), acc, is_async=True)
                 exact = exact * decay + gl.sum(p, 1)
                 if ROUNDED_SUMS:
                     rounded = rounded * decay + gl.sum(p_rounded, 1)
             else:
-                acc = warpgroup_mma(shared.p0.index(zero), values.index(zero), acc, is_async=True)
                 odd_decay = exp2(even_base - shift)
                 exact = exact * (decay * odd_decay) + gl.sum(p, 1)
                 if ROUNDED_SUMS:
@@ -479,13 +264,13 @@ def attend_half(
                 exact = exact * decay
                 if ROUNDED_SUMS:
                     rounded = rounded * decay
-                acc = warpgroup_mma_init(acc * gl.convert_layout(decay, OUT_ROWS)[:, None])
+                acc = rescale(acc, decay)
                 acc = warpgroup_mma(
                     shared.p1.index(zero), values.index(1 + zero), acc, is_async=True
                 )
             else:
                 base = new_base
-                acc = warpgroup_mma_init(acc * gl.convert_layout(odd_decay, OUT_ROWS)[:, None])
+                acc = rescale(acc, odd_decay)
                 own = gl.convert_layout(weights, WEIGHTS)
                 acc = warpgroup_mma(own, values.index(1 + zero), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
@@ -506,27 +291,27 @@ def attend_half(
             rounded = exact
         lse = gl.where(exact == 0.0, -INF, base + log2(exact))
         factor = gl.where(rounded == 0.0, 0.0, 1.0 / rounded)
+        # Rows that this block has, and where they are stored.
         rows = work.rows() - work.block * TILE
+        lines = gl.arange(0, TILE, layout=LOGIT_ROWS)
         at = sequence.to(gl.int64) * work.rows() + work.block * TILE
+        out = out_ptr + at * 512
         if CAN_SPLIT:
             if whole:
-                store_out(acc, factor, values.index(1), out_ptr + at * 512, rows, 256 * HALF, False)
+                store_out(acc, factor, values.index(1), out, rows, 256 * HALF, False)
             else:
                 part_at = slot.to(gl.int64) * work.rows() + work.block * TILE
-                store_out(
-                    acc, factor, values.index(1), part_ptr + part_at * 512, rows, 256 * HALF, True
-                )
+                part = part_ptr + part_at * 512
+                store_out(acc, factor, values.index(1), part, rows, 256 * HALF, True)
                 if HALF == 0:
-                    lines = gl.arange(0, TILE, layout=LOGIT_ROWS)
                     gl.store(part_lse_ptr + part_at + lines, lse, mask=lines < rows)
         else:
-            store_out(acc, factor, values.index(1), out_ptr + at * 512, rows, 256 * HALF, False)
+            store_out(acc, factor, values.index(1), out, rows, 256 * HALF, False)
         # TMA may fill the buffer next.
         fence_async_shared()
         barrier()
         mbarrier.arrive(values_free.index(1), count=1)
         if HALF == 0:
-            lines = gl.arange(0, TILE, layout=LOGIT_ROWS)
             gl.store(lse_ptr + at + lines, lse * LN2, mask=(lines < rows) & whole)
         sequence = next_sequence
         done += pairs
@@ -582,7 +367,9 @@ def attend(
     D_ROPE: gl.constexpr,  # 64, or 0 where the row has no separate RoPE part
     TOKEN_STRIDE: gl.constexpr,  # units of 8 elements
     TMA: gl.constexpr,  # whole tiles lie in one page, pages are whole lines
-    AHEAD: gl.constexpr,  # pairs between a tile's L2 prefetch and its load; 0: none
+    PREFETCH: gl.constexpr,  # bring tiles into L2 a pair ahead; only with TMA
+    TURNS: gl.constexpr,  # the even tile's logits first, then the odd one's
+    ROPE_IN_REGISTERS: gl.constexpr,  # Q's RoPE part
     CAN_SPLIT: gl.constexpr,
     CHUNKED: gl.constexpr,
     ROW_LIMITS: gl.constexpr,  # causal and s_q > 1
@@ -619,17 +406,19 @@ def attend(
         gl.allocate_shared_memory(gl.int64, [1], barrier_layout),
         gl.allocate_shared_memory(gl.int64, [2, 1], barrier_layout),
         gl.allocate_shared_memory(gl.int64, [2, 1], barrier_layout),
+        gl.allocate_shared_memory(gl.int64, [1], barrier_layout),
     )
-    # cp.async arrives once per lane of the loader, TMA with as many; the bias adds an arrival.
+    # cp.async arrives once per lane of the loader, TMA as often; the bias adds an arrival.
     for stage in gl.static_range(2):
-        mbarrier.init(shared.left_full.index(stage), count=128)
-        mbarrier.init(shared.right_full.index(stage), count=129)
+        mbarrier.init(shared.left_full.index(stage), count=LANES)
+        mbarrier.init(shared.right_full.index(stage), count=LANES + 1)
         mbarrier.init(shared.left_free.index(stage), count=1)
         mbarrier.init(shared.right_free.index(stage), count=1)
         mbarrier.init(shared.p_full.index(stage), count=1)
         mbarrier.init(shared.sums_full.index(stage), count=1)
-    mbarrier.init(shared.q_full, count=128)
+    mbarrier.init(shared.q_full, count=LANES)
     mbarrier.init(shared.q_free, count=1)
+    mbarrier.init(shared.turn, count=1)
 
     blocks = (s_q * heads + (TILE - 1)) // TILE
     block = gl.program_id(0) % blocks
@@ -658,8 +447,8 @@ def attend(
         max_chunks,
         min_chunk,
     )
-    # Two blocks share the prefetching of the tiles that they share.
-    prefetching = gl.where(blocks == 1, 3, 1 << (block & 1))
+    # Blocks share the prefetching of the tiles that they share.
+    mine = gl.where(blocks == 1, 3, 1 << (block & 1))
     gl.warp_specialize(
         [
             (
@@ -674,6 +463,8 @@ def attend(
                     scale_log2,
                     0,
                     D_ROPE,
+                    TURNS,
+                    ROPE_IN_REGISTERS,
                     ROUNDED_SUMS,
                     CAN_SPLIT,
                     CHUNKED,
@@ -692,6 +483,8 @@ def attend(
                     scale_log2,
                     1,
                     D_ROPE,
+                    TURNS,
+                    ROPE_IN_REGISTERS,
                     ROUNDED_SUMS,
                     CAN_SPLIT,
                     CHUNKED,
@@ -714,11 +507,11 @@ def attend(
                     page_size,
                     page_rows,
                     num_pages,
-                    prefetching,
+                    mine,
                     D_ROPE,
                     TOKEN_STRIDE,
                     TMA,
-                    AHEAD,
+                    PREFETCH,
                     CHUNKED,
                     ROW_LIMITS,
                 ),
