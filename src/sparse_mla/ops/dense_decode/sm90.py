@@ -52,7 +52,7 @@ class Launch:
 # prefetch.
 ONE_BLOCK = Launch(False, False, False, True, 224, 56)
 # Two and more share rows by L2.
-BLOCKS = Launch(True, True, False, False, 224, 56)
+BLOCKS = Launch(True, True, True, False, 224, 56)
 
 
 def launch_for(blocks: int) -> Launch:
