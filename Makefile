@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 HAS_TORCH := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes)
 
-.PHONY: setup check test kernel-usage sanitize lint bench tables report clean
+.PHONY: setup check test test-transformers kernel-usage sanitize lint bench tables report clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +32,21 @@ WORKERS ?= 2
 
 test: setup $(MEASURED)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term
+
+# tests/integrations with the newest transformers that [transformers] allows, and with the oldest.
+OLDEST_TRANSFORMERS := 5.17.0
+OLDEST := $(VENV)/transformers-$(OLDEST_TRANSFORMERS)
+
+$(VENV)/.transformers: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--editable '.[dev,transformers]' peft
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(OLDEST) transformers==$(OLDEST_TRANSFORMERS)
+	touch $@
+
+test-transformers: $(VENV)/.transformers
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/integrations
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/integrations
 
 kernel-usage: setup $(MEASURED)/.installed
 	$(BIN)/python tests/offline.py

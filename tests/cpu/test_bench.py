@@ -325,8 +325,16 @@ def test_explain_command(arch: str | None) -> None:
     assert "runs" in done.output
 
 
+def test_explain_two_caches() -> None:
+    arguments = ["explain", "--layout", "v41_fp8_inline", "--extra-layout", "v41_fp4_inline"]
+    done = CliRunner().invoke(app, [*arguments, "--arch", "cpu"])
+    assert done.exit_code == 0, done.output
+    assert "v41_fp8_inline + v41_fp4_inline" in done.output and "runs" in done.output
+
+
 @pytest.mark.parametrize(
-    ("option", "value"), (("--layout", "v9"), ("--op", "sort"), ("--arch", "sm_75"))
+    ("option", "value"),
+    (("--layout", "v9"), ("--extra-layout", "v9"), ("--op", "sort"), ("--arch", "sm_75")),
 )
 def test_explain_refuses_in_one_line(option: str, value: str) -> None:
     done = CliRunner().invoke(app, ["explain", option, value])

@@ -178,3 +178,50 @@ def test_a_scale_of_the_whole_tensor_too_large_for_the_planes() -> None:
     cache.append(latent * 1e36, None, torch.arange(8))
     q = torch.full((1, 1, 2, 512), 1e-38).to(torch.bfloat16)
     check(Call(q, cache, torch.arange(8, dtype=torch.int32).view(1, 1, 8)))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(("main", "extra"), MODELS)
+def test_caches_wrapped_inside_the_graph(main: str, extra: str, backend: str) -> None:
+    """As an engine does: its own tensors go in, planar ones and scales of whole tensors too."""
+    torch._dynamo.reset()
+    call = decode_call(main, heads=4, topk=40, extra_layout=extra)
+    beside, lists = call.options["extra_cache"], call.options["extra_indices"]
+
+    def step(
+        q: torch.Tensor, pages: torch.Tensor, extra_pages: torch.Tensor, indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return decode(
+            q,
+            KVCache.from_tensor(pages, main, tensor_scale=call.cache.tensor_scale),
+            indices,
+            extra_cache=KVCache.from_tensor(extra_pages, extra, tensor_scale=beside.tensor_scale),
+            extra_indices=lists,
+        )
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    arguments = (call.q, call.cache.tensor(), beside.tensor(), call.indices)
+    for a, b in zip(compiled(*arguments), step(*arguments), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_flash_mla_names_in_one_graph(backend: str) -> None:
+    from sparse_mla.compat import flash_mla
+
+    torch._dynamo.reset()
+    call = decode_call("v4_fp8", heads=4, topk=40, lengths=True, extra_layout="v4_fp8")
+    pages, extra_pages = call.cache.tensor(), call.options["extra_cache"].tensor()
+
+    def step(q: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        metadata, _ = flash_mla.get_mla_metadata()
+        return flash_mla.flash_mla_with_kvcache(
+            q, pages, None, None, 512, metadata, is_fp8_kvcache=True, indices=indices,
+            extra_k_cache=extra_pages, extra_indices_in_kvcache=call.options["extra_indices"],
+            topk_length=call.options["topk_length"],
+            extra_topk_length=call.options["extra_topk_length"],
+        )  # fmt: skip
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for a, b in zip(compiled(call.q, call.indices), step(call.q, call.indices), strict=True):
+        assert torch.equal(a, b)

@@ -13,7 +13,8 @@ from drawn import decode_call, prefill_call
 from sparse_mla import arch, dispatch
 from sparse_mla.arch import Arch
 from sparse_mla.dispatch import Request
-from sparse_mla.kv_layout import get_layout
+from sparse_mla.kv_layout import LAYOUTS, KVLayout, get_layout
+from sparse_mla.ops.sparse_decode.config import launch_for
 
 # The Hopper kernels run with Triton 3.6, the portable ones with anything newer too.
 H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, "3.6.0", False)
@@ -68,7 +69,7 @@ def test_cpu(op: str) -> None:
     [
         (REQUEST, replace(H200, triton="3.9.0"), "triton is 3.9.0"),
         (replace(REQUEST, alignment=4), H200, "aligned to 4 bytes"),
-        (replace(REQUEST, layout="v4_fp8"), H200, "no kernel for layout v4_fp8"),
+        (replace(REQUEST, layout="v41_fp8_planar"), H200, "no kernel for layout v41_fp8_planar"),
         (REQUEST, MACHINES["sm_100"], "Hopper"),
         (REQUEST, replace(H200, hip=True), "Hopper"),
         (REQUEST, replace(H200, triton=None), "triton is not installed"),
@@ -83,6 +84,15 @@ def test_reasons_of_sm90(op: str, request_: Request, machine: Arch, reason: str)
     assert "sm90" not in chosen(asked, machine)
     with pytest.raises(NotImplementedError, match=re.escape(said)):
         dispatch.choose(asked, machine, "sm90")
+
+
+def test_extra_caches_on_sm90() -> None:
+    v4 = replace(REQUEST, layout="v4_fp8")
+    assert chosen(v4, H200) == ["sm90"]
+    assert chosen(replace(v4, extra_layout="v4_fp8"), H200) == ["sm90"]
+    for layout, extra in (("v4_fp8", "v32_fp8"), ("v32_fp8", "v32_fp8"), ("bf16", "v4_fp8")):
+        ok, said = answer("sm90", replace(REQUEST, layout=layout, extra_layout=extra), H200)
+        assert not ok and layout in said and extra in said
 
 
 @pytest.mark.parametrize(
@@ -132,6 +142,57 @@ def test_a_layout_without_a_kernel(machine: Arch) -> None:
     assert answer("cpu", replace(REQUEST, layout="v5_fp8"), CPU)[1] == "has no code for v5_fp8"
     beside = replace(REQUEST, extra_layout="v5_fp8")
     assert answer("cpu", beside, CPU) == (False, "has no code for v5_fp8")
+
+
+def test_a_layout_of_extra_caches_only_stands_beside_another() -> None:
+    for name, layout in LAYOUTS.items():
+        assert answer("cpu", replace(REQUEST, layout=name), CPU)[0] != layout.extra_only
+        assert answer("cpu", replace(REQUEST, extra_layout=name), CPU)[0]
+
+
+def test_launches_by_machine_and_rows() -> None:
+    v32, v4, nvfp4, bf16 = (
+        LAYOUTS[name] for name in ("v32_fp8", "v4_fp8", "nvfp4_bf16_rope", "bf16")
+    )
+    ampere, small = MACHINES["sm_80"], MACHINES["sm_86"]
+    assert launch_for(H200, 64, [v32]).tokens_first
+    assert not launch_for(H200, 64, [v32, bf16]).tokens_first
+    assert launch_for(H200, 64, [v4, v4]) == launch_for(H200, 128, [nvfp4])
+    assert launch_for(H200, 64, [v4, v4]).block_h == 64
+    # Two programs over the output take tiles in two orders, and v4's last tile is of two kinds.
+    assert launch_for(ampere, 64, [v32]).value_blocks == 2
+    assert launch_for(ampere, 64, [nvfp4, v32]).value_blocks == 2
+    assert launch_for(ampere, 64, [v4, v32]).value_blocks == 1
+    assert launch_for(small, 64, [v32]).value_blocks == 1
+    for machine in MACHINES.values():
+        for heads in (1, 16, 17, 33, 64, 128):
+            for rows in ([v32], [v4], [v4, v4], [bf16, nvfp4]):
+                assert launch_for(machine, heads, rows).block_h <= max(16, 2 * heads)
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 7, 53, 61, 64, 255, 257, 4096, 2**30, 2**31 - 1])
+def test_pages_by_multiplication(page_size: int) -> None:
+    pytest.importorskip("triton")
+    from sparse_mla.ops.sparse_decode.triton import division
+
+    magic, shift = division(page_size)
+    edges = [n * page_size + d for n in (0, 1, 2, (2**31 - 1) // page_size) for d in (-1, 0, 1)]
+    slots = [*edges, 2**31 - 1, 2**31 - 2, *range(0, 2**31, 2**31 // 997)]
+    for slot in slots:
+        if 0 <= slot < 2**31:
+            assert slot * magic >> shift == slot // page_size
+            assert slot * magic < 2**63
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
+def test_triton_reads_every_layout(layout: KVLayout) -> None:
+    """Alone, and every one beside it; the extra cache's own layouts only there."""
+    alone = replace(REQUEST, layout=layout.name)
+    for asked in (alone, *(replace(alone, extra_layout=name) for name in LAYOUTS)):
+        ok, reason = answer("triton", asked, H200)
+        assert ok != layout.extra_only and reason
+    beside = replace(alone, extra_layout="v5_fp8")
+    assert answer("triton", beside, H200) == (False, "has no code for v5_fp8")
 
 
 def test_a_backend_asked_for_by_name_runs_or_raises() -> None:

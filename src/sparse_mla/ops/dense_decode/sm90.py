@@ -33,26 +33,23 @@ class Launch:
 
     Attributes:
         prefetch: bring tiles into L2 a pair ahead.
-        turns: the odd tile's logits wait until the even tile's are there.
-        rope_in_registers: Q's RoPE part is an operand from registers.
         rounded_sums: divide by the sum of the rounded weights instead of the exact sum.
         right_registers, loader_registers: per thread of the worker warps; the default ones get
             what is left of 504.
     """
 
     prefetch: bool
-    turns: bool
-    rope_in_registers: bool
     rounded_sums: bool
     right_registers: int
     loader_registers: int
 
 
-# One block of rows per sequence: memory sets the time. b=32 h=64 s_k=8192: 98 us, 110 with
-# prefetch.
-ONE_BLOCK = Launch(False, False, False, True, 224, 56)
-# Two and more share rows by L2.
-BLOCKS = Launch(True, True, True, False, 224, 56)
+# One block of rows per sequence: memory sets the time, and prefetching costs some (b=32 h=64
+# s_k=8192: 99 us, 110 with it, FlashMLA 104); sums of rounded weights cost nothing.
+ONE_BLOCK = Launch(False, True, 224, 56)
+# Two and more share their rows by L2, where the first to ask waits for memory (b=128 h=128
+# s_k=4096: 244 us, FlashMLA 242; rounded sums 3 % more).
+BLOCKS = Launch(True, False, 224, 56)
 
 
 def launch_for(blocks: int) -> Launch:
@@ -140,8 +137,6 @@ def run(
             TMA=wide is not None,
             # Rows far apart would be prefetched with what lies between them.
             PREFETCH=launch.prefetch and wide is not None and packed,
-            TURNS=launch.turns,
-            ROPE_IN_REGISTERS=launch.rope_in_registers,
             CAN_SPLIT=split,
             CHUNKED=chunked,
             ROW_LIMITS=causal and s_q > 1,

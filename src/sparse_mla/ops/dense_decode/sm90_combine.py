@@ -1,4 +1,4 @@
-"""Merging the pieces that `sm90_kernel.plan` cut sequences into.
+"""Merging the pieces that `sm90_work_kernel.plan` cut sequences into.
 
 The launch may begin before the attending kernel has ended (programmatic dependent launch): only
 what does not depend on it comes before the wait.
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from ..sparse_decode.triton_kernel import to_bf16
+from ..sparse_decode.triton_rows_kernel import to_bf16
 
 # Rows of a program, and pieces that it loads together.
 ROWS = 4

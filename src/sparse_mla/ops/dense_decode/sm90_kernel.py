@@ -2,8 +2,8 @@
 
 A row is one head of one query token; a sequence has s_q * heads of them, in blocks of 64. The grid
 is blocks x parts: all parts together walk over all sequences, each over an equal share of their
-tokens (sm90_work.py), and the CTAs of one part, one for each block, read the same rows of the cache
-at the same time, so that they meet in L2.
+tokens (sm90_work_kernel.py), and the CTAs of one part, one for each block, read the same rows of
+the cache at the same time, so that they meet in L2.
 
 Three groups of four warps share the work on 64-token tiles of K, two tiles (a pair) at a time, as
 in sparse_prefill/sm90_kernel.py:
@@ -51,7 +51,7 @@ from ..sparse_prefill.sm90_kernel import (
     round_weights,
 )
 from .sm90_load_kernel import LANES, load_tiles
-from .sm90_work import Work, plan
+from .sm90_work_kernel import Work, plan
 
 LOGIT_COLUMNS = gl.constexpr(gl.SliceLayout(0, LOGITS))
 QUERY = gl.constexpr(gl.DotOperandLayout(0, LOGITS, 2))
@@ -80,7 +80,6 @@ class Shared:
     q_free: gl.shared_memory_descriptor
     p_full: gl.shared_memory_descriptor  # [2, 1] P and base of either tile are there
     sums_full: gl.shared_memory_descriptor  # [2, 1] of either consumer
-    turn: gl.shared_memory_descriptor  # the even tile's logits are there; with TURNS
 
     @gluon.constexpr_function
     def __init__(self, *fields):
@@ -104,24 +103,20 @@ class Shared:
             self.q_free,
             self.p_full,
             self.sums_full,
-            self.turn,
         ) = fields
 
 
 @gluon.jit
 def tile_logits(
     shared,
-    q_rope,  # in registers, or None
+    q_rope,  # in registers
     TILE_OF_PAIR: gl.constexpr,
     zero,
     phase,
     scale_log2,
     D_ROPE: gl.constexpr,
-    TURNS: gl.constexpr,
 ):
     """Logits of a tile in the log2 domain, [64, 64], -inf for masked tokens."""
-    if TURNS and TILE_OF_PAIR == 1:
-        mbarrier.wait(shared.turn, phase)
     s = warpgroup_mma_init(gl.zeros([TILE, TILE], gl.float32, layout=LOGITS))
     mbarrier.wait(shared.left_full.index(TILE_OF_PAIR), phase)
     keys = shared.k_left.index(TILE_OF_PAIR + zero).permute((1, 0))
@@ -131,15 +126,10 @@ def tile_logits(
     s = warpgroup_mma(shared.q_right.index(zero), keys, s, is_async=True)
     if D_ROPE > 0:
         keys = shared.k_rope.index(TILE_OF_PAIR + zero).permute((1, 0))
-        if q_rope is not None:
-            s = warpgroup_mma(q_rope, keys, s, is_async=True)
-        else:
-            s = warpgroup_mma(shared.q_rope.index(zero), keys, s, is_async=True)
+        s = warpgroup_mma(q_rope, keys, s, is_async=True)
     # Loaded while the products run: later it would queue behind the other consumer's operands.
     bias = shared.bias.index(TILE_OF_PAIR).load(LOGIT_COLUMNS)
     s = warpgroup_mma_wait(0, deps=[s])
-    if TURNS and TILE_OF_PAIR == 0:
-        mbarrier.arrive(shared.turn, count=1)
     return s * scale_log2 + bias[None, :]
 
 
@@ -179,8 +169,6 @@ def attend_half(
     scale_log2,
     HALF: gl.constexpr,  # 0: left, 1: right
     D_ROPE: gl.constexpr,
-    TURNS: gl.constexpr,
-    ROPE_IN_REGISTERS: gl.constexpr,
     ROUNDED_SUMS: gl.constexpr,
     CAN_SPLIT: gl.constexpr,
     CHUNKED: gl.constexpr,
@@ -206,12 +194,13 @@ def attend_half(
         acc = gl.zeros([TILE, 256], gl.float32, layout=OUT)
         mbarrier.wait(shared.q_full, k & 1)
         q_rope = None
-        if ROPE_IN_REGISTERS and D_ROPE > 0:
+        if D_ROPE > 0:
+            # An operand from registers: it need not be read for every tile.
             q_rope = shared.q_rope.index(0).load(QUERY)
         for j in range(pairs):
             zero = opaque_zero(j)
             phase = (done + j) & 1
-            s = tile_logits(shared, q_rope, HALF, zero, phase, scale_log2, D_ROPE, TURNS)
+            s = tile_logits(shared, q_rope, HALF, zero, phase, scale_log2, D_ROPE)
             if ROW_LIMITS:
                 token = (start + j) * PAIR + HALF * TILE
                 if token + TILE > length - work.s_q + 1:
@@ -368,8 +357,6 @@ def attend(
     TOKEN_STRIDE: gl.constexpr,  # units of 8 elements
     TMA: gl.constexpr,  # whole tiles lie in one page, pages are whole lines
     PREFETCH: gl.constexpr,  # bring tiles into L2 a pair ahead; only with TMA
-    TURNS: gl.constexpr,  # the even tile's logits first, then the odd one's
-    ROPE_IN_REGISTERS: gl.constexpr,  # Q's RoPE part
     CAN_SPLIT: gl.constexpr,
     CHUNKED: gl.constexpr,
     ROW_LIMITS: gl.constexpr,  # causal and s_q > 1
@@ -406,7 +393,6 @@ def attend(
         gl.allocate_shared_memory(gl.int64, [1], barrier_layout),
         gl.allocate_shared_memory(gl.int64, [2, 1], barrier_layout),
         gl.allocate_shared_memory(gl.int64, [2, 1], barrier_layout),
-        gl.allocate_shared_memory(gl.int64, [1], barrier_layout),
     )
     # cp.async arrives once per lane of the loader, TMA as often; the bias adds an arrival.
     for stage in gl.static_range(2):
@@ -418,7 +404,6 @@ def attend(
         mbarrier.init(shared.sums_full.index(stage), count=1)
     mbarrier.init(shared.q_full, count=LANES)
     mbarrier.init(shared.q_free, count=1)
-    mbarrier.init(shared.turn, count=1)
 
     blocks = (s_q * heads + (TILE - 1)) // TILE
     block = gl.program_id(0) % blocks
@@ -463,8 +448,6 @@ def attend(
                     scale_log2,
                     0,
                     D_ROPE,
-                    TURNS,
-                    ROPE_IN_REGISTERS,
                     ROUNDED_SUMS,
                     CAN_SPLIT,
                     CHUNKED,
@@ -483,8 +466,6 @@ def attend(
                     scale_log2,
                     1,
                     D_ROPE,
-                    TURNS,
-                    ROPE_IN_REGISTERS,
                     ROUNDED_SUMS,
                     CAN_SPLIT,
                     CHUNKED,

@@ -9,6 +9,7 @@ import triton
 
 from ... import arch
 from ...kv_cache import KVCache
+from ...kv_layout import get_layout
 from ..sparse_decode import triton_kernel as sparse_kernel
 from ..sparse_decode.config import Launch, launch_for
 from . import triton_kernel
@@ -19,6 +20,8 @@ MIN_SPLIT = 128
 INVARIANT_SPLITS = 8
 INVARIANT_TOKENS = 512
 MAX_SPLITS = 64
+# FP8 rows too are launched as sparse decode launches bf16 rows: heads first.
+BF16 = get_layout("bf16")
 
 
 def run(
@@ -33,7 +36,7 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense decode; see interface.dense_decode. num_splits 0 chooses by shape."""
     machine = arch.of(q.device)
-    launch = launch_for(machine, q.shape[1] * q.shape[2], False)
+    launch = launch_for(machine, q.shape[1] * q.shape[2], (BF16,))
     min_split = launch.block_t
     if batch_invariant and not num_splits:
         num_splits, min_split = INVARIANT_SPLITS, INVARIANT_TOKENS

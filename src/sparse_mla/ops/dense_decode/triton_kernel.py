@@ -14,7 +14,8 @@ Tokens of pages that the cache does not have are masked at the load, as those pa
 import triton
 import triton.language as tl
 
-from ..sparse_decode.triton_kernel import dot, load_e4m3, store_tile, to_bf16
+from ..sparse_decode.triton_kernel import dot, store_tile
+from ..sparse_decode.triton_rows_kernel import decode_e4m3, to_bf16
 
 
 @triton.jit
@@ -27,7 +28,7 @@ def load_pages(table, token, last, page_size):
 def load_values(ptr, mask, QUANTISED: tl.constexpr, HARDWARE_FP8: tl.constexpr):
     """Values of a row at ptr as bf16; masked ones are 0."""
     if QUANTISED:
-        return load_e4m3(ptr, mask, HARDWARE_FP8)
+        return decode_e4m3(tl.load(ptr, mask=mask, other=0), HARDWARE_FP8)
     else:
         return tl.load(ptr, mask=mask, other=0.0)
 

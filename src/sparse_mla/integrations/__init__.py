@@ -1,0 +1,1 @@
+"""Other projects' models and engines, running on this library's attention."""
