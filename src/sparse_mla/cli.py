@@ -9,9 +9,10 @@ import typer
 
 from .bump.commands import register as register_bump
 from .cli_common import device_named, usage_error, writable
+from .evals.commands import app as eval_app
 
 app = typer.Typer(
-    help="Sparse MLA attention: check kernels, explain choices, measure, bump.",
+    help="Sparse MLA attention: check kernels, explain choices, measure, bump, evaluate.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -19,10 +20,11 @@ app = typer.Typer(
 
 @app.callback()
 def main() -> None:
-    """Sparse MLA attention: check kernels, explain choices, measure, bump."""
+    """Sparse MLA attention: check kernels, explain choices, measure, bump, evaluate."""
 
 
 register_bump(app)
+app.add_typer(eval_app, name="eval")
 
 
 @app.command()

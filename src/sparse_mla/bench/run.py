@@ -210,7 +210,7 @@ class Oracle:
         q = data.q.reshape(-1, *data.q.shape[-2:])
         number = min(max(SAMPLE, -(-SAMPLE_ROWS // q.shape[1])), q.shape[0])
         self.tokens = torch.linspace(0, q.shape[0] - 1, number).round().long().to(q.device)
-        lists = data.indices.reshape(q.shape[0], -1)[self.tokens]
+        lists = data.lists(self.tokens)
         self.want = reference.attend(q[self.tokens], [(data.cache, lists, None)], data.scale)
 
     def check(self, name: str, answer: Answer) -> Accuracy:

@@ -13,6 +13,7 @@ class Workload:
     """A shape to measure. Query tokens select random tokens of one shared cache.
 
     "kv_write" writes b tokens into whole random pages of a cache of s_kv.
+    In dense decode topk is the length of every sequence, whose pages are random ones.
     """
 
     op: str
@@ -29,10 +30,12 @@ class Workload:
         if self.op == "kv_write":
             return f"{self.op} {self.layout} n={self.b}"
         shape = f"b={self.b} s_q={self.s_q}"
-        end = ""
+        end = f"topk={self.topk}"
         if self.op == "prefill":
-            shape, end = f"s_q={self.s_q}", f" s_kv={self.s_kv}"
-        return f"{self.op} {self.layout} {shape} h={self.h_q} topk={self.topk}{end}"
+            shape, end = f"s_q={self.s_q}", f"{end} s_kv={self.s_kv}"
+        elif self.op == "dense_decode":
+            end = f"s_k={self.topk}"
+        return f"{self.op} {self.layout} {shape} h={self.h_q} {end}"
 
     def matches(self, text: str) -> bool:
         """Whether every word of `text` is a word of the label."""
@@ -61,7 +64,8 @@ class Workload:
         if self.op == "kv_write":
             return self.b * (2 * layout.d_qk + layout.bytes_per_token + 8)
         rows = min(self.tokens * self.topk, self.s_kv) * layout.bytes_per_token
-        return rows + self.tokens * (4 * self.topk + 2 * self.h_q * (layout.d_qk + layout.d_v))
+        index = 0 if self.op == "dense_decode" else 4 * self.topk
+        return rows + self.tokens * (index + 2 * self.h_q * (layout.d_qk + layout.d_v))
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,10 @@ def _prefill(h_q: int, s_kv: int, layout: str = "bf16", topk: int = 2048) -> Wor
 
 def _write(layout: str, tokens: int = 16384) -> Workload:
     return Workload("kv_write", layout, tokens, 1, 1, 0, 4 * tokens)
+
+
+def _dense(b: int, h_q: int, s_k: int) -> Workload:
+    return Workload("dense_decode", "bf16", b, 1, h_q, s_k, b * s_k)
 
 
 H200 = "NVIDIA H200"
@@ -133,6 +141,7 @@ GOALS = (
     *_faster(1.1, [_prefill(128, 65536), _prefill(64, 32768)]),
     *_faster(1.1, [_prefill(64, 32768, "bf16_nope", 512)]),
     *_faster(2.5, [_prefill(h, 32768) for h in (8, 16, 32)]),
+    *_faster(1.05, [_dense(128, 128, 4096), _dense(128, 128, 2048), _dense(32, 64, 8192)]),
     Goal(H200, _decode(128, 16), "triton", "flash_mla", 0.8),
     Goal(H200, _decode(128, 64), "triton", "flash_mla", 0.7),
     # 70 % of what a copy of as many bytes takes.
