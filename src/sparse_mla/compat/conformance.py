@@ -328,7 +328,7 @@ def kernels_named(attention: str, combine: str) -> Iterator[None]:
         ours = our_kernels()
         for event in found:
             if event.name in ours:
-                merges = combine and "combine" in event.name
+                merges = combine and any(word in event.name for word in ("combine", "merge"))
                 event.name = combine if merges else attention
         return found
 
