@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 HAS_TORCH := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo yes)
 
-.PHONY: setup check test test-transformers kernel-usage sanitize lint bench tables report clean
+.PHONY: setup check test test-transformers kernel-usage sanitize lint bench tables report demo clean
 
 setup: $(VENV)/.installed
 
@@ -74,5 +74,17 @@ tables: setup
 report: setup
 	$(BIN)/sparse-mla check --json results.json --html report.html
 
+$(VENV)/.eval: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,eval]'
+	touch $@
+
+# A trained model answers problems over the FP8 cache, then meets the faults: docs/evaluation.md.
+MODEL ?= models/tiny-glm5
+PROBLEMS ?= 50
+
+demo: $(VENV)/.eval
+	$(BIN)/sparse-mla eval --model $(MODEL) --limit 4 --show 2
+	$(BIN)/sparse-mla eval regression --model $(MODEL) --limit $(PROBLEMS) --html demo.html
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis report.html results.json
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis report.html results.json demo.html

@@ -179,6 +179,17 @@ def call_prefill(
     run(q, cache, indices, lengths, sink, 0.1)
 
 
+def call_write(run: Callable[..., object], layout: str) -> None:
+    """The cache's writer, from bf16 tokens."""
+    chosen = LAYOUTS[layout]
+    scale = torch.ones(1) if chosen.tensor_scale else None
+    cache = KVCache.empty(4, 64, chosen, tensor_scale=scale)
+    n = 4096
+    latent = torch.empty(n, chosen.latent.count, dtype=torch.bfloat16)
+    rope = torch.empty(n, chosen.rope.count, dtype=torch.bfloat16) if chosen.rope else None
+    run(cache, latent, rope, torch.empty(n, dtype=torch.int64), "amax")
+
+
 def call_dense(
     run: Callable[..., object], layout: str, b: int, s_q: int, heads: int, options: bool
 ) -> None:
@@ -231,6 +242,9 @@ def builds() -> list[Build]:
                 found[key] = Build(name, capability, one)
 
     for capability in CAPABILITIES:
+        write = _backend("kv_write", "triton")
+        for layout in LAYOUTS:
+            collect(capability, f"triton-write-{layout}", call_write, write, layout)
         run = _backend("decode", "triton")
         for layout in ("v32_fp8", "bf16", "bf16_nope"):
             for heads in (16, 32, 64, 128):
@@ -268,6 +282,8 @@ def _collect_sm90(collect: Callable[..., None]) -> None:
     decode, prefill = _backend("decode", "sm90"), _backend("prefill", "sm90")
     dense = _backend("dense_decode", "sm90")
     for w in GPU_WORKLOADS:
+        if w.op == "kv_write":
+            continue
         label = f"sm90-{w.op}-{w.layout}-h{w.h_q}-b{w.b}x{w.s_q}"
         if w.op == "decode":
             shape = (w.layout, w.b, w.s_q, w.h_q, w.topk, False)

@@ -62,6 +62,10 @@ def _cache(layout: str) -> KVCache:
     return cache
 
 
+def _write(layout: str) -> None:
+    _cache(layout)
+
+
 def _decode(backend: str, heads: int, layout: str = "v32_fp8", extra: str = "") -> None:
     cache = _cache(layout)
     q = torch.randn(2, 2, heads, cache.layout.d_qk, device="cuda", dtype=torch.bfloat16)
@@ -103,6 +107,9 @@ CASES: dict[str, Callable[[], None]] = {
     "dense-sm90-64": lambda: _dense("sm90", 64, 64),
     "dense-sm90-pages-of-16": lambda: _dense("sm90", 16, 16),
     "dense-triton-16": lambda: _dense("triton", 16, 64),
+    "write-v32_fp8": lambda: _write("v32_fp8"),
+    "write-v4_fp8": lambda: _write("v4_fp8"),
+    "write-glm53_nope_nvfp4": lambda: _write("glm53_nope_nvfp4"),
     "prefill-sm90-16": lambda: _prefill("sm90", 16),
     "prefill-sm90-64": lambda: _prefill("sm90", 64),
 }

@@ -9,9 +9,10 @@ import typer
 
 from .bump.commands import register as register_bump
 from .cli_common import device_named, usage_error, writable
+from .evals.commands import app as eval_app
 
 app = typer.Typer(
-    help="Sparse MLA attention: check kernels, explain choices, measure, bump.",
+    help="Sparse MLA attention: check kernels, explain choices, measure, bump, evaluate.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -19,10 +20,11 @@ app = typer.Typer(
 
 @app.callback()
 def main() -> None:
-    """Sparse MLA attention: check kernels, explain choices, measure, bump."""
+    """Sparse MLA attention: check kernels, explain choices, measure, bump, evaluate."""
 
 
 register_bump(app)
+app.add_typer(eval_app, name="eval")
 
 
 @app.command()
@@ -133,7 +135,7 @@ def report(
 
 @app.command()
 def explain(
-    op: Annotated[str, typer.Option(help="decode or prefill.")] = "decode",
+    op: Annotated[str, typer.Option(help="decode, prefill or kv_write.")] = "decode",
     heads: Annotated[int, typer.Option(min=1, max=128, help="Query heads.")] = 64,
     layout: Annotated[str, typer.Option(help="The cache's layout.")] = "v32_fp8",
     tokens: Annotated[int, typer.Option(min=1, help="Query tokens, b * s_q.")] = 128,

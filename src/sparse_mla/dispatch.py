@@ -16,7 +16,7 @@ import torch
 from . import arch as arch_module
 from .arch import Arch
 
-OPS = ("decode", "prefill", "dense_decode")
+OPS = ("decode", "prefill", "dense_decode", "kv_write")
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ def backends_of(op: str) -> tuple[Backend, ...]:
         from .ops.sparse_decode.backends import BACKENDS
     elif op == "prefill":
         from .ops.sparse_prefill.backends import BACKENDS
+    elif op == "kv_write":
+        from .ops.kv_write.backends import BACKENDS
     elif op == "dense_decode":
         from .ops.dense_decode.backends import BACKENDS
     else:

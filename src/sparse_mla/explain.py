@@ -29,7 +29,7 @@ def print_answers(request: Request, machine: Arch, answers: list[Answer], consol
     chosen = [answer.backend for answer in answers if answer.chosen]
     if not chosen:
         console.print("nothing runs this call here")
-    elif chosen[0] == "triton":
+    elif chosen[0] == "triton" and request.op != "kv_write":
         names = [name for name in (request.layout, request.extra_layout) if name]
         launch = launch_for(machine, request.heads, [LAYOUTS[name] for name in names])
         console.print(

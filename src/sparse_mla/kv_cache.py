@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from .kv_layout import KVLayout, get_layout
-from .kv_quantise import check_scale_rounding
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class KVCache:
     def __post_init__(self) -> None:
         pages = self.pages
         if not isinstance(pages, torch.Tensor) or pages.dtype != torch.uint8 or pages.dim() != 2:
-            raise ValueError(f"pages is {_describe(pages)}, must be [num_pages, page bytes] uint8")
+            raise ValueError(f"pages is {describe(pages)}, must be [num_pages, page bytes] uint8")
         if pages.shape[1] > 1 and pages.stride(1) != 1:
             raise ValueError(f"pages has strides {pages.stride()}, the last dim must be contiguous")
         _check_count("page_size", self.page_size, 1)
@@ -220,48 +219,43 @@ class KVCache:
         slots: torch.Tensor,
         *,
         scale_rounding: str = "amax",
+        check_slots: bool | None = None,
+        backend: str | None = None,
     ) -> None:
-        """Quantise tokens and write them to their slots.
+        """Quantise tokens and write them to their slots; one kernel on a GPU.
 
         Args:
-            latent: [n, latent width] floats.
+            latent: [n, latent width] floats, any row stride.
             rope: [n, RoPE width] floats; None where the layout has no separate RoPE part.
             slots: [n] int32 or int64; -1 skips the token. Slots must be distinct.
             scale_rounding: of fp32 scales: "amax" (amax/448) or "pow2" (rounded up to a power of
                 2). Other scales are rounded as `KVLayout.pack` says.
+            check_slots: raise ValueError if a slot is below -1 or >= num_slots. By default CPU
+                tensors are checked and those on a GPU are not, as it costs a sync: there such a
+                token is skipped like one with -1.
+            backend: "triton", "cpu" or "torch"; default the first that supports the call.
 
         Raises:
-            ValueError: wrong shape, dtype or device; a slot below -1 or >= num_slots.
+            ValueError: wrong shape, dtype or device; or a slot, if they are checked.
         """
-        layout = self.layout
-        check_scale_rounding(scale_rounding)
-        _check_slots(slots, self.device)
-        _check_part("latent", latent, layout.latent.count, slots, self.device)
-        if layout.rope is not None:
-            _check_part("rope", rope, layout.rope.count, slots, self.device)
-        elif rope is not None:
-            raise ValueError(f"rope is given, layout {layout.name} stores no RoPE part")
-        slots = slots.to(torch.int64)
-        bad = (slots < -1) | (slots >= self.num_slots)
-        if bool(bad.any()):
-            raise ValueError(
-                f"slots holds {int(slots[bad][0])}, allowed: -1 (skip) or 0..{self.num_slots - 1}"
-            )
-        keep = slots >= 0
-        slots, latent = slots[keep], latent[keep]
-        rope = None if rope is None else rope[keep]
-        rows, footers = layout.pack(latent, rope, scale_rounding, self.tensor_scale)
-        page, offset = slots // self.page_size, slots % self.page_size
-        self.rows_view()[page, offset] = rows
-        if layout.planar:
-            self.footers_view()[page, offset] = footers
+        from .ops.kv_write.interface import write
+
+        write(
+            self,
+            latent,
+            rope,
+            slots,
+            scale_rounding=scale_rounding,
+            check_slots=check_slots,
+            backend=backend,
+        )
 
     def read(self, slots: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """Logical rows [n, d_qk] of the given slots [n], dequantised in `dtype`.
 
         float64 is exact. ValueError if a slot lies outside [0, num_slots).
         """
-        _check_slots(slots, self.device)
+        check_slots_tensor(slots, self.device)
         slots = slots.to(torch.int64)
         bad = (slots < 0) | (slots >= self.num_slots)
         if bool(bad.any()):
@@ -272,7 +266,8 @@ class KVCache:
         return self.layout.unpack(rows, footers, dtype, self.tensor_scale)
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
+    """What was given, for messages."""
     if isinstance(value, torch.Tensor):
         return f"a tensor {tuple(value.shape)} of {value.dtype}"
     return type(value).__name__
@@ -285,7 +280,7 @@ def _check_count(name: str, value: int, least: int) -> None:
 
 def _as_bytes(tensor: torch.Tensor, layout: KVLayout) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"tensor is {_describe(tensor)}, must be a tensor")
+        raise ValueError(f"tensor is {describe(tensor)}, must be a tensor")
     allowed: tuple[torch.dtype, ...] = (torch.uint8, torch.int8, torch.float8_e4m3fn)
     if not layout.quantised:
         allowed = (torch.uint8, torch.bfloat16)
@@ -302,29 +297,13 @@ def _as_bytes(tensor: torch.Tensor, layout: KVLayout) -> torch.Tensor:
     return tensor.view(torch.uint8)
 
 
-def _check_slots(slots: torch.Tensor, device: torch.device) -> None:
+def check_slots_tensor(slots: torch.Tensor, device: torch.device) -> None:
+    """slots is [n] int32 or int64 on `device`."""
     if (
         not isinstance(slots, torch.Tensor)
         or slots.dim() != 1
         or slots.dtype not in (torch.int32, torch.int64)
     ):
-        raise ValueError(f"slots is {_describe(slots)}, must be [n] int32 or int64")
+        raise ValueError(f"slots is {describe(slots)}, must be [n] int32 or int64")
     if slots.device != device:
         raise ValueError(f"slots is on {slots.device}, the cache is on {device}")
-
-
-def _check_part(
-    name: str, part: torch.Tensor | None, width: int, slots: torch.Tensor, device: torch.device
-) -> None:
-    if part is None:
-        raise ValueError(f"{name} is None, the layout stores {width} values per token")
-    if not isinstance(part, torch.Tensor):
-        raise ValueError(f"{name} is {_describe(part)}, must be a tensor [n, {width}]")
-    if part.shape != (slots.shape[0], width):
-        raise ValueError(
-            f"{name} has shape {tuple(part.shape)}, must be ({slots.shape[0]}, {width})"
-        )
-    if not part.is_floating_point():
-        raise ValueError(f"{name} has dtype {part.dtype}, must be floating point")
-    if part.device != device:
-        raise ValueError(f"{name} is on {part.device}, the cache is on {device}")

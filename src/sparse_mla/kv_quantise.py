@@ -42,7 +42,8 @@ def check_scale_rounding(scale_rounding: str) -> None:
 
 def decode_e2m1(packed: torch.Tensor) -> torch.Tensor:
     """Bytes [n, w] as float32 values [n, 2 w]: low nibbles are the even elements."""
-    table = torch.tensor([*_E2M1, *(-v for v in _E2M1)], device=packed.device)
+    values = [*_E2M1, *(-v for v in _E2M1)]
+    table = torch.tensor(values, dtype=torch.float32, device=packed.device)
     codes = torch.stack([packed & 15, packed >> 4], dim=-1)
     return table[codes.long()].flatten(-2)
 
@@ -84,6 +85,11 @@ def tile_maxima(x: torch.Tensor, tile: int) -> torch.Tensor:
     return torch.where(torch.isfinite(tiles), tiles, 0.0).abs().amax(-1)
 
 
+def over(x: torch.Tensor, number: float) -> torch.Tensor:
+    """x / number, correctly rounded: on CUDA torch multiplies by a Python number's reciprocal."""
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)
+
+
 def quantise_e4m3(
     x: torch.Tensor, tile: int, scale_rounding: str = "amax"
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +106,7 @@ def quantise_e4m3(
     """
     check_scale_rounding(scale_rounding)
     amax = tile_maxima(x, tile)
-    scales = (amax / E4M3_MAX).clamp_min(FP32_MIN_NORMAL)
+    scales = over(amax, E4M3_MAX).clamp_min(FP32_MIN_NORMAL)
     if scale_rounding == "pow2":
         mantissa, exponent = torch.frexp(scales)
         exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
@@ -120,7 +126,7 @@ def divide_to_e4m3(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 def outer_scales(x: torch.Tensor) -> torch.Tensor:
     """The outer scale of every token of x [n, d], [n, 1] float32: amax/(6 * 448), 1 for zeros."""
     amax = tile_maxima(x, x.shape[1])
-    scales = (amax / (E2M1_MAX * E4M3_MAX)).clamp_min(_MIN_OUTER)
+    scales = over(amax, E2M1_MAX * E4M3_MAX).clamp_min(_MIN_OUTER)
     return torch.where(amax == 0, 1.0, scales)
 
 
@@ -142,7 +148,8 @@ def quantise_e2m1(
     """
     tiles = x.to(torch.float32).unflatten(1, (-1, tile))
     amax = tile_maxima(x, tile)
-    want = amax / E2M1_MAX if outer is None else amax / E2M1_MAX / outer
+    want = over(amax, E2M1_MAX)
+    want = want if outer is None else want / outer
     scales = want.clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
     scales = torch.where(amax == 0, 1.0, scales)
     values = tiles / (scales if outer is None else scales * outer)[..., None]

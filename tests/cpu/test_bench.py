@@ -11,7 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sparse_mla.bench import figures, registry, rows, run, table, timing, workloads
+from sparse_mla import KVCache
+from sparse_mla.bench import figures, registry, rows, run, table, timing, workloads, writes
 from sparse_mla.bench.rows import Row
 from sparse_mla.bench.workloads import Workload
 from sparse_mla.cli import app
@@ -190,6 +191,30 @@ def test_work_of_a_workload() -> None:
     assert one.flops == 2 * 64 * 2048 * (576 + 512)
     assert one.bytes == 2048 * 656 + 4 * 2048 + 2 * 64 * (576 + 512)
     assert replace(one, s_kv=100).bytes == one.bytes - 1948 * 656
+
+
+def test_a_writer_beside_a_copy_of_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = tuple(workloads._write(layout, 128) for layout in ("v4_fp8", "bf16"))
+    assert small[0].label == "kv_write v4_fp8 n=128"
+    assert small[0].bytes == 128 * (1024 + 584 + 8) and small[0].flops == 0
+    monkeypatch.setattr(run, "CPU_WORKLOADS", small)
+    quantised, exact = run.run(CPU, 3, ignore).rows
+    assert quantised.multiple == exact.multiple == 1.0
+    assert 0.01 < quantised.rel_l2 < 0.05 and exact.rel_l2 < 1e-9
+    data = writes.make_writes(small[0], CPU)
+    assert data.check("cpu") == 0
+    copy = data.copy()
+    copy()
+
+    def broken(self: KVCache, *args: object, backend: str, **more: object) -> None:
+        real(self, *args, backend=backend, **more)  # type: ignore[arg-type]
+        if backend == "cpu":
+            self.pages[:, 5] ^= 1
+
+    real = KVCache.append
+    monkeypatch.setattr(KVCache, "append", broken)
+    result = run.run(CPU, 3, ignore, only=["v4_fp8"])
+    assert not result.rows and "2 bytes differ" in result.wrong[0].reason
 
 
 @pytest.fixture

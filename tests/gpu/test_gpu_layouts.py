@@ -242,7 +242,7 @@ def test_graph_replay(backend: str, pair: tuple[str, str], batch: int) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_scale_of_v4(backend: str) -> None:
-    """A tile's ue8m0 scale, every code: what bf16 can hold arrives, NaN arrives as NaN."""
+    """A tile's ue8m0 scale, every code that float32 sums can hold; NaN arrives as NaN."""
     need(backend, "v4_fp8")
     cache = KVCache.empty(1, 64, "v4_fp8", device="cuda")
     fill(cache, torch.arange(64, device="cuda"))
@@ -251,15 +251,14 @@ def test_every_scale_of_v4(backend: str) -> None:
     q = torch.randn(1, 1, 4, 512, device="cuda").to(torch.bfloat16)
     q[..., 64:128] = 0
     indices = torch.arange(64, dtype=torch.int32, device="cuda").view(1, 1, -1)
-    for code in range(255):
+    for code in range(240):
         cache.footers_view()[0, :, 1] = code
         out, lse = sparse_mla.decode(q, cache, indices, backend=backend)
         want = reference.decode(q, cache, indices)
-        if code < 249:  # 120 * 2^121 is the largest that fits
-            assert_close(out, lse, want)
-            error = out.double()[..., 64:128] - want.out[..., 64:128]
-            # The two smallest scales lose bits below 2^-133.
-            assert error.norm() <= 0.01 * want.out[..., 64:128].norm() + 2.0**-130
+        assert_close(out, lse, want)
+        error = out.double()[..., 64:128] - want.out[..., 64:128]
+        # The smallest scales lose bits below 2^-133.
+        assert error.norm() <= 0.01 * want.out[..., 64:128].norm() + 2.0**-130
     cache.footers_view()[0, 5, 1] = 255
     out, _ = sparse_mla.decode(q, cache, indices, backend=backend)
     assert out[..., 64:128].isnan().all()

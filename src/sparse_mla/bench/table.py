@@ -12,12 +12,13 @@ from rich.table import Table
 
 from .. import arch, dispatch
 from ..accuracy.cases_layouts import PAIRS
+from ..compat import conformance_table
 from ..kv_layout import LAYOUTS
 from .rows import Row, read
 from .run import Missing
 from .workloads import GOALS, HEADLINES, Goal, goal_of
 
-BASELINES = ("flash_mla", "torch:gather_einsum")
+BASELINES = ("flash_mla", "torch:gather_einsum", "torch:copy")
 # The version that the support table speaks of: the one that the H200's rows were measured with.
 SUPPORT_TRITON = "3.6.0"
 # Columns of the terminal's table where there is no terminal to ask.
@@ -256,7 +257,7 @@ def support() -> str:
         (op, f"`{layout.name}`", dispatch.Request(op, layout.name, 64))
         for op in dispatch.OPS
         for layout in LAYOUTS.values()
-        if not layout.extra_only
+        if op == "kv_write" or not layout.extra_only
     ]
     calls += [
         (
@@ -298,9 +299,12 @@ def pages(root: Path) -> dict[Path, str]:
     rows = all_rows(root)
     readme, docs = root / "README.md", root / "docs"
     with_support = replace_part(readme.read_text(), "support", support())
+    conformance = docs / "conformance.md"
+    counts = conformance_table.table(conformance_table.load(root))
     performance, all_of_them = docs / "performance.md", docs / "measurements.md"
     return {
         readme: replace_part(with_support, "performance", headlines(rows)),
+        conformance: replace_part(conformance.read_text(), "conformance", counts),
         performance: replace_part(performance.read_text(), "goals", goals(rows)),
         all_of_them: replace_part(all_of_them.read_text(), "measurements", measurements(rows)),
     }

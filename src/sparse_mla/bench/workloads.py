@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..kv_layout import get_layout
+from ..kv_layout import LAYOUTS, get_layout
 
 
 @dataclass(frozen=True)
 class Workload:
     """A shape to measure. Query tokens select random tokens of one shared cache.
 
+    "kv_write" writes b tokens into whole random pages of a cache of s_kv.
     In dense decode topk is the length of every sequence, whose pages are random ones.
     """
 
@@ -26,6 +27,8 @@ class Workload:
     @property
     def label(self) -> str:
         """Unique among the workloads; `matches` searches its words."""
+        if self.op == "kv_write":
+            return f"{self.op} {self.layout} n={self.b}"
         shape = f"b={self.b} s_q={self.s_q}"
         end = f"topk={self.topk}"
         if self.op == "prefill":
@@ -46,13 +49,20 @@ class Workload:
     @property
     def flops(self) -> int:
         """Of both products, for the heads that were asked for."""
+        if self.op == "kv_write":
+            return 0
         layout = get_layout(self.layout)
         return 2 * self.tokens * self.h_q * self.topk * (layout.d_qk + layout.d_v)
 
     @property
     def bytes(self) -> int:
-        """Least memory traffic: each distinct selected row once, indices, queries and outputs."""
+        """Least memory traffic: each distinct selected row once, indices, queries and outputs.
+
+        A writer reads bf16 tokens and their slots and writes the tokens' bytes.
+        """
         layout = get_layout(self.layout)
+        if self.op == "kv_write":
+            return self.b * (2 * layout.d_qk + layout.bytes_per_token + 8)
         rows = min(self.tokens * self.topk, self.s_kv) * layout.bytes_per_token
         index = 0 if self.op == "dense_decode" else 4 * self.topk
         return rows + self.tokens * (index + 2 * self.h_q * (layout.d_qk + layout.d_v))
@@ -86,6 +96,10 @@ def _decode(b: int, h_q: int, s_q: int = 1) -> Workload:
 
 def _prefill(h_q: int, s_kv: int, layout: str = "bf16", topk: int = 2048) -> Workload:
     return Workload("prefill", layout, 1, 4096, h_q, topk, s_kv)
+
+
+def _write(layout: str, tokens: int = 16384) -> Workload:
+    return Workload("kv_write", layout, tokens, 1, 1, 0, 4 * tokens)
 
 
 def _dense(b: int, h_q: int, s_k: int) -> Workload:
@@ -130,16 +144,19 @@ GOALS = (
     *_faster(1.05, [_dense(128, 128, 4096), _dense(128, 128, 2048), _dense(32, 64, 8192)]),
     Goal(H200, _decode(128, 16), "triton", "flash_mla", 0.8),
     Goal(H200, _decode(128, 64), "triton", "flash_mla", 0.7),
+    # 70 % of what a copy of as many bytes takes.
+    *(Goal(H200, _write(layout), "triton", "torch:copy", 0.7) for layout in ("v32_fp8", "v4_fp8")),
     Goal("CPU", CPU_WORKLOADS[0], "cpu", "torch:gather_einsum", 5.0),
 )
 
 # Shapes without a goal, which make the figures' curves of time against batch.
 _CURVES = [_decode(b, h) for h in (8, 16, 32, 64, 128) for b in (1, 4, 32, 128, 256)]
+_WRITES = [_write(layout) for layout in LAYOUTS]
 
 # What serving GLM-5 and DeepSeek V3.2 meets; 8 to 32 heads are those of tensor-parallel ranks.
 GPU_WORKLOADS = tuple(
     sorted(
-        {goal.workload for goal in GOALS if goal.machine == H200} | set(_CURVES),
+        {goal.workload for goal in GOALS if goal.machine == H200} | set(_CURVES) | set(_WRITES),
         key=lambda w: (w.op, w.layout, w.h_q, w.s_q, w.b, w.s_kv),
     )
 )

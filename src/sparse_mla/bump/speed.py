@@ -33,7 +33,8 @@ def workloads_on(device: torch.device, only: str = "") -> list[Workload]:
         return choose(CPU_WORKLOADS, [only] if only else [])
     if only:
         # Providers are asked through the gate's inputs, which have no dense decode.
-        return choose([w for w in GPU_WORKLOADS if w.op != "dense_decode"], [only])
+        without = ("kv_write", "dense_decode")
+        return choose([w for w in GPU_WORKLOADS if w.op not in without], [only])
     return [workload for workload in HEADLINES if workload in GPU_WORKLOADS]
 
 

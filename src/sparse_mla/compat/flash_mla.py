@@ -2,6 +2,8 @@
 
     from sparse_mla.compat import flash_mla
 
+`install()` puts it where `import flash_mla` and the engines' own names for it find it.
+
 Signatures follow flash_mla/flash_mla_interface.py of deepseek-ai/FlashMLA at commit 9241ae3.
 Where FlashMLA asserts, these functions raise ValueError; what is not there yet raises
 NotImplementedError naming the option. Keyword-only arguments are ours: FlashMLA tells its two FP8
@@ -20,12 +22,18 @@ from ..ops.checks import check_scale
 from ..ops.dense_decode.interface import dense_decode
 from ..ops.sparse_decode.interface import decode
 from ..ops.sparse_prefill.interface import prefill
+from .install import install, uninstall
 
 __all__ = [
     "FlashMLASchedMeta",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "flash_mla_sparse_fwd",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
+    "install",
+    "uninstall",
 ]
 
 
@@ -38,6 +46,7 @@ class FlashMLASchedMeta:
     """
 
     have_initialized: bool = False
+    config: object | None = None
     tile_scheduler_metadata: torch.Tensor | None = None
     num_splits: torch.Tensor | None = None
 
@@ -238,6 +247,27 @@ def flash_mla_sparse_fwd(
     return out, max_logits, _empty_as_plus_inf(lse)
 
 
+def flash_attn_varlen_func(*args: object, **kwargs: object) -> object:
+    """FlashMLA's dense attention with forward and backward, for its SM100; not offered here."""
+    raise NotImplementedError(_NO_VARLEN.format("flash_attn_varlen_func"))
+
+
+def flash_attn_varlen_qkvpacked_func(*args: object, **kwargs: object) -> object:
+    """See `flash_attn_varlen_func`."""
+    raise NotImplementedError(_NO_VARLEN.format("flash_attn_varlen_qkvpacked_func"))
+
+
+def flash_attn_varlen_kvpacked_func(*args: object, **kwargs: object) -> object:
+    """See `flash_attn_varlen_func`."""
+    raise NotImplementedError(_NO_VARLEN.format("flash_attn_varlen_kvpacked_func"))
+
+
+_NO_VARLEN = (
+    "{} is FlashMLA's dense multi-head attention, which this package does not offer: "
+    "torch.nn.functional.scaled_dot_product_attention or flash-attn has it"
+)
+
+
 def _check_tensor(name: str, value: torch.Tensor, dims: int) -> None:
     if not isinstance(value, torch.Tensor) or value.dim() != dims:
         given = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
@@ -299,4 +329,5 @@ def _bf16_layout(k_cache: torch.Tensor) -> str:
 
 
 def _empty_as_plus_inf(lse: torch.Tensor) -> torch.Tensor:
-    return torch.where(lse == float("-inf"), float("inf"), lse)
+    # In place, on a tensor that nobody else has, and one kernel instead of two.
+    return lse.nan_to_num_(nan=float("nan"), posinf=float("inf"), neginf=float("inf"))

@@ -67,7 +67,7 @@ def attend(
         out, lse, max_logits = attend(q.expand(n, 2, -1), lists, sink, scale)
         return out[:, :1].contiguous(), lse[:, :1].contiguous(), max_logits[:, :1].contiguous()
     out = torch.zeros(n, heads, lists[0][0].layout.d_v, dtype=torch.bfloat16)
-    lse = torch.full((n, heads), float("-inf"))
+    lse = torch.full((n, heads), float("-inf"), dtype=torch.float32, device="cpu")
     max_logits = lse.clone()
     readers = [RowReader(cache) for cache, _, _ in lists]
     entries = sum(indices.numel() for _, indices, _ in lists)
@@ -119,9 +119,9 @@ def _attend(
     m, heads, _ = query.shape
     d_v = read.layout.d_v
     query = read.permute_query(query)
-    acc = torch.zeros(m, heads, d_v)
-    total = torch.zeros(m, heads)
-    peak = torch.full((m, heads), float("-inf"))
+    acc = query.new_zeros(m, heads, d_v)
+    total = query.new_zeros(m, heads)
+    peak = query.new_full((m, heads), float("-inf"))
     all_valid = bool(valid.all())
     for first in range(0, indices.shape[1], CHUNK):
         chunk = slice(first, first + CHUNK)

@@ -41,9 +41,9 @@ class Launch:
     prefetch: bool = True
 
 
-LAUNCH = Launch(64, True, 3, 200, 72, 32)
-LAUNCH_32 = Launch(32, True, 3, 200, 72, 32)
-LAUNCH_16 = Launch(16, True, 3, 200, 72, 32)
+LAUNCH = Launch(64, True, 2, 200, 64, 40)
+LAUNCH_32 = Launch(32, True, 2, 200, 64, 40)
+LAUNCH_16 = Launch(16, True, 2, 200, 64, 40)
 
 
 def launch_for(heads: int) -> Launch:

@@ -169,13 +169,37 @@ def copy_rope(kv, rows, target):
     async_load(target, kv + at, mask=(rows > NOTHING)[:, None])
 
 
-@gluon.jit
-def pieces(shape, work, item, start, lengths, extra_lengths, BALANCED: gl.constexpr):
-    """The program's part of an item.
+@aggregate
+class Piece:
+    """A program's part of an item: tiles [first, last), `main` of them of the main list."""
 
-    Returns the item's number, the tiles [first, last), the entries of both lists that count and
-    the unit where the next item starts.
-    """
+    which: gl.tensor
+    b: gl.tensor
+    s: gl.tensor
+    entries: gl.tensor
+    extra_entries: gl.tensor
+    main: gl.tensor
+    first: gl.tensor
+    last: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, *fields):
+        (
+            self.which,
+            self.b,
+            self.s,
+            self.entries,
+            self.extra_entries,
+            self.main,
+            self.first,
+            self.last,
+        ) = fields
+
+
+@gluon.jit
+def cut_item(shape, work, item, start, lengths, extra_lengths, BALANCED: gl.constexpr):
+    """The program's part of an item: the item's number, the pairs [first, last), the entries of
+    both lists that count and the unit where the next item starts."""
     which = item
     if not BALANCED:
         which = shape.item_of(item)
@@ -184,18 +208,72 @@ def pieces(shape, work, item, start, lengths, extra_lengths, BALANCED: gl.conste
     extra_limit = entries(shape.extra_topk, extra_lengths, b)
     pairs = pair_count(limit, extra_limit)
     which, first, last, _ = work.cut(shape, item, start, pairs, BALANCED)
-    return which, 2 * first, 2 * last, limit, extra_limit, start + pairs + 1
+    return which, first, last, limit, extra_limit, start + pairs + 1
 
 
 @gluon.jit
-def locate(kv, pages, slots):
+def piece_of(shape, work, item, start, lengths, extra_lengths, BALANCED: gl.constexpr):
+    """An item's piece and where the next item starts; without entries where there is no item."""
+    known = gl.minimum(item, shape.items() - 1)
+    which, first, last, limit, extra_limit, following = cut_item(
+        shape, work, known, start, lengths, extra_lengths, BALANCED
+    )
+    b = shape.sequence(which)
+    s = shape.token(which) % shape.s_q
+    return Piece(
+        which,
+        b,
+        s,
+        gl.where(item < work.end, limit, 0),
+        gl.where(item < work.end, extra_limit, 0),
+        (limit + (TILE - 1)) // TILE,
+        2 * first,
+        2 * last,
+    ), following
+
+
+@gluon.jit
+def load_slots(main, extra, piece, following, tile, EXTRA: gl.constexpr):
+    """The slots [64] of a tile of a piece, or past its end of the following one; -1: not valid."""
+    past = tile >= piece.last
+    tile = gl.where(past, tile - piece.last + following.first, tile)
+    b = gl.where(past, following.b, piece.b)
+    s = gl.where(past, following.s, piece.s)
+    line = main.line(b, s)
+    limit = gl.where(past, following.entries, piece.entries)
+    last_slot = main.last_slot
+    if EXTRA:
+        tile -= gl.where(past, following.main, piece.main)
+        in_extra = tile >= 0
+        tile += gl.where(in_extra, 0, gl.where(past, following.main, piece.main))
+        line = gl.where(in_extra, extra.line(b, s), line)
+        extra_limit = gl.where(past, following.extra_entries, piece.extra_entries)
+        limit = gl.where(in_extra, extra_limit, limit)
+        last_slot = gl.where(in_extra, extra.last_slot, last_slot)
+    entry = tile * TILE + gl.arange(0, TILE, layout=SLOTS)
+    slots = gl.load(line + entry, mask=entry < limit, other=-1)
+    return gl.where(slots <= last_slot, slots, -1)
+
+
+@gluon.jit
+def locate(main, extra, in_extra, slots, EXTRA: gl.constexpr):
     """Where the slots' rows and scales begin, in words, int64 [64]; slots are valid."""
+    start = main.start
+    page_words = main.page_words
+    page_size = main.page_size
+    magic = main.page_magic
+    shift = main.page_shift
+    if EXTRA:
+        start = gl.where(in_extra, extra.start, start)
+        page_words = gl.where(in_extra, extra.page_words, page_words)
+        page_size = gl.where(in_extra, extra.page_size, page_size)
+        magic = gl.where(in_extra, extra.page_magic, magic)
+        shift = gl.where(in_extra, extra.page_shift, shift)
     twice = (slots * 2).to(gl.uint32)
-    page = gl.umulhi(twice, pages.page_magic.to(gl.uint32)) >> pages.page_shift.to(gl.uint32)
-    page = page.to(gl.int32)
-    offset = slots - page * pages.page_size
-    at = pages.start + page.to(gl.int64) * pages.page_words
-    footers = pages.page_size.to(gl.int64) * ROW_WORDS + offset.to(gl.int64) * FOOTER_WORDS
+    page = (gl.umulhi(twice, magic.to(gl.uint32)) >> shift.to(gl.uint32)).to(gl.int32)
+    offset = slots - page * page_size
+    at = start + page.to(gl.int64) * page_words
+    footers = page_size.to(gl.int64) * ROW_WORDS + offset.to(gl.int64) * FOOTER_WORDS
     return at + offset.to(gl.int64) * ROW_WORDS, at + footers
 
 
@@ -228,12 +306,12 @@ def prefetch(kv, rows, footers, ok):
 
 
 @gluon.jit
-def push(kv, pages, line, entry, limit, ring, at, phase, PREFETCH: gl.constexpr):
-    """Resolve a tile, entries `entry` and following of a list, into place `at` of the ring."""
-    rows = entry + gl.arange(0, TILE, layout=SLOTS)
-    slots = gl.load(line + rows, mask=rows < limit, other=-1)
-    ok = (slots >= 0) & (slots <= pages.last_slot)
-    rows, footers = locate(kv, pages, gl.where(ok, slots, 0))
+def push(
+    kv, main, extra, in_extra, slots, ring, at, phase, EXTRA: gl.constexpr, PREFETCH: gl.constexpr
+):
+    """Resolve a tile's slots into place `at` of the ring."""
+    ok = slots >= 0
+    rows, footers = locate(main, extra, in_extra, gl.where(ok, slots, 0), EXTRA)
     if PREFETCH:
         prefetch(kv, rows, footers, ok)
     mbarrier.wait(ring.free.index(at), phase ^ 1)
@@ -270,48 +348,45 @@ def resolve(
     q_stride_b, q_stride_s, q_stride_h,
     EXTRA: gl.constexpr, BALANCED: gl.constexpr, PREFETCH: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
-    """Resolve the tiles of all items, and copy each item's Q."""
-    start = work.start
+    """Resolve the tiles of all items, and copy each item's Q.
+
+    Slots are loaded two tiles before they are needed, across the items' border: a load that is
+    issued after copies (cp.async) waits for them.
+    """
+    piece, start = piece_of(shape, work, work.begin, work.start, lengths, extra_lengths, BALANCED)
+    slots = load_slots(main, extra, piece, piece, piece.first, EXTRA)
+    next_slots = load_slots(main, extra, piece, piece, piece.first + 1, EXTRA)
     pushed = 0
     item_phase = 0
     for item in range(work.begin, work.end, work.step):
-        which, first, last, limit, extra_limit, start = pieces(
-            shape, work, item, start, lengths, extra_lengths, BALANCED
+        following, next_start = piece_of(
+            shape, work, item + work.step, start, lengths, extra_lengths, BALANCED
         )
-        b = shape.sequence(which)
-        s = shape.token(which) % shape.s_q
-        in_main = (limit + (TILE - 1)) // TILE
-        # Q only when four tiles have been pushed (or all): before that the last item's Q may still
+        # Q only when three tiles have been pushed (or all): before that the last item's Q may still
         # be in use, and waiting for it would end the lead. `fill` and the ring hold four tiles
         # without Q.
-        query_at = gl.where(item == work.begin, first, gl.minimum(first + 3, last - 1))
-        for tile in range(first, last):
-            at = pushed % RING
-            phase = (pushed // RING) & 1
-            if EXTRA:
-                if tile < in_main:
-                    push(kv, main, main.line(b, s), tile * TILE, limit, ring, at, phase, PREFETCH)
-                else:
-                    entry = (tile - in_main) * TILE
-                    push(kv, extra, extra.line(b, s), entry, extra_limit, ring, at, phase, PREFETCH)
-            else:
-                push(kv, main, main.line(b, s), tile * TILE, limit, ring, at, phase, PREFETCH)
+        query_at = gl.where(
+            item == work.begin, piece.first, gl.minimum(piece.first + 3, piece.last - 1)
+        )
+        for tile in range(piece.first, piece.last):
+            later_slots = load_slots(main, extra, piece, following, tile + 2, EXTRA)
             if tile == query_at:
                 copy_query(
-                    shape,
-                    shared,
-                    q_ptr,
-                    which,
-                    q_stride_b,
-                    q_stride_s,
-                    q_stride_h,
-                    item_phase,
-                    HEADS,
-                )
+                    shape, shared, q_ptr, piece.which, q_stride_b, q_stride_s, q_stride_h,
+                    item_phase, HEADS,
+                )  # fmt: skip
+            push(
+                kv, main, extra, tile >= piece.main, slots, ring, pushed % RING,
+                (pushed // RING) & 1, EXTRA, PREFETCH,
+            )  # fmt: skip
+            slots = next_slots
+            next_slots = later_slots
             pushed += 1
+        piece = following
+        start = next_start
         item_phase ^= 1
-    # `fill` looks one tile ahead.
-    push(kv, main, main.lists, 0, 0, ring, pushed % RING, (pushed // RING) & 1, PREFETCH)
+    # `fill` looks one tile ahead. There are no slots any more.
+    push(kv, main, extra, False, slots, ring, pushed % RING, (pushed // RING) & 1, EXTRA, PREFETCH)
 
 
 @gluon.jit
@@ -328,10 +403,10 @@ def fill(
     start = work.start
     done = 0
     for item in range(work.begin, work.end, work.step):
-        _, first, last, _, _, start = pieces(
+        _, first, last, _, _, start = cut_item(
             shape, work, item, start, lengths, extra_lengths, BALANCED
         )
-        pairs = (last - first) // 2
+        pairs = last - first
         for j in range(pairs):
             phase = ((done + j) & 1) ^ 1
             for stage in gl.static_range(2):

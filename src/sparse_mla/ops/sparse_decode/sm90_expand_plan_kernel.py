@@ -165,25 +165,53 @@ def add(a, b):
 
 
 @gluon.jit
-def find(shape, lengths, extra_lengths, unit):
-    """The item that a unit belongs to, the unit where it starts, and its pairs."""
-    item = unit * 0
-    start = unit * 0
-    found_pairs = unit * 0
-    before = unit * 0
+def largest(a0, a1, a2, a3, a4, a5, a6, b0, b1, b2, b3, b4, b5, b6):
+    return (
+        gl.maximum(a0, b0),
+        gl.maximum(a1, b1),
+        gl.maximum(a2, b2),
+        gl.maximum(a3, b3),
+        gl.maximum(a4, b4),
+        gl.maximum(a5, b5),
+        gl.maximum(a6, b6),
+    )
+
+
+@gluon.jit
+def find(shape, lengths, extra_lengths, unit, other):
+    """For each of two units the sequence it belongs to, where that starts, and an item's pairs."""
+    zero = unit * 0
+    b, begins, pairs = zero, zero, zero
+    other_b, other_begins, other_pairs = zero, zero, zero
+    before = zero
     for at in range(0, shape.count // (shape.s_q * shape.head_blocks), CHUNK):
-        sequences, pairs, units = chunk_units(shape, lengths, extra_lengths, at)
+        sequences, in_item, units = chunk_units(shape, lengths, extra_lengths, at)
         ends = gl.associative_scan(units, 0, add) + before
-        here = (ends > unit) & (ends - units <= unit)
-        b = gl.max(gl.where(here, sequences, -1), 0)
-        begins = gl.max(gl.where(here, ends - units, 0), 0)
-        count = gl.max(gl.where(here, pairs, 0), 0)
-        nth = (unit - begins) // (count + 1)
-        item = gl.where(b >= 0, b * (shape.s_q * shape.head_blocks) + nth, item)
-        start = gl.where(b >= 0, begins + nth * (count + 1), start)
-        found_pairs = gl.where(b >= 0, count, found_pairs)
-        before = before + gl.sum(units, 0)
-    return item, start, found_pairs
+        starts = ends - units
+        here = (ends > unit) & (starts <= unit)
+        there = (ends > other) & (starts <= other)
+        # One reduction, so that the warps meet once.
+        found = gl.reduce(
+            (
+                gl.where(here, sequences, 0),
+                gl.where(here, starts, 0),
+                gl.where(here, in_item, 0),
+                gl.where(there, sequences, 0),
+                gl.where(there, starts, 0),
+                gl.where(there, in_item, 0),
+                ends,
+            ),
+            0,
+            largest,
+        )
+        b = gl.maximum(b, found[0])
+        begins = gl.maximum(begins, found[1])
+        pairs = gl.maximum(pairs, found[2])
+        other_b = gl.maximum(other_b, found[3])
+        other_begins = gl.maximum(other_begins, found[4])
+        other_pairs = gl.maximum(other_pairs, found[5])
+        before = found[6]
+    return b, begins, pairs, other_b, other_begins, other_pairs
 
 
 @gluon.jit
@@ -194,22 +222,34 @@ def plan_balanced(shape, lengths, extra_lengths, meta_ptr):
     program and so on.
     """
     pid = gl.program_id(0)
+    per_sequence = shape.s_q * shape.head_blocks
     total = pid * 0
-    for at in range(0, shape.count // (shape.s_q * shape.head_blocks), CHUNK):
+    for at in range(0, shape.count // per_sequence, CHUNK):
         _, _, units = chunk_units(shape, lengths, extra_lengths, at)
         total = total + gl.sum(units, 0)
-    # At least two units each, so that there is at least one pair.
+    # At least two units each, so that there is at least one pair; the first `longer` programs have
+    # one more than the others.
     programs = gl.minimum(gl.num_programs(0), total // 2)
-    wide = total.to(gl.int64)
-    first = (pid.to(gl.int64) * wide // programs).to(gl.int32)
-    last = ((pid.to(gl.int64) + 1) * wide // programs).to(gl.int32)
+    share = total // programs
+    longer = total - share * programs
     idle = pid >= programs
-    begin, start, _ = find(shape, lengths, extra_lengths, gl.where(idle, 0, first))
+    first = gl.where(idle, 0, pid * share + gl.minimum(pid, longer))
+    last = gl.where(idle, 2, first + share + (pid < longer).to(gl.int32))
     # A beginning alone at the end of the share is left to the next program.
-    final, final_start, pairs = find(shape, lengths, extra_lengths, gl.where(idle, 0, last - 2))
-    finish = final_start + pairs + 1
-    split = (last < finish) & (first <= final_start + 1) & (idle == 0)
-    owner = ((finish.to(gl.int64) * programs - 1) // wide).to(gl.int32)
+    b, begins, pairs, final_b, final_begins, final_pairs = find(
+        shape, lengths, extra_lengths, first, last - 2
+    )
+    nth = (first - begins) // (pairs + 1)
+    begin = b * per_sequence + nth
+    start = begins + nth * (pairs + 1)
+    nth = (last - 2 - final_begins) // (final_pairs + 1)
+    final = final_b * per_sequence + nth
+    final_start = final_begins + nth * (final_pairs + 1)
+    finish = final_start + final_pairs + 1
+    split = (last < finish) & (first <= final_start + 1) & (pid < programs)
+    # Whose is the last unit of the item?
+    unit = finish - 1 - longer * (share + 1)
+    owner = gl.where(unit < 0, (finish - 1) // (share + 1), longer + unit // share)
     gl.store(meta_ptr + pid * 4, gl.where(split, final, -1))
     gl.store(meta_ptr + pid * 4 + 1, 2 * pid + (final != begin).to(gl.int32))
     gl.store(meta_ptr + pid * 4 + 2, owner - pid + 1)

@@ -1,0 +1,239 @@
+"""`sparse-mla eval`: thin bodies, the work is in the modules beside this one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..cli_common import device_named, usage_error, writable
+
+app = typer.Typer(
+    help="Accuracy as users feel it: a model answers problems over our cache.",
+    invoke_without_command=True,
+    no_args_is_help=True,
+)
+
+Model = Annotated[str, typer.Option(help="A folder with safetensors, or a hub id.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first that many problems.")]
+Device = Annotated[str | None, typer.Option(help="Default: cuda if there is one.")]
+Batch = Annotated[int, typer.Option(min=1, help="Problems at a time.")]
+Task = Annotated[str, typer.Option(help="problems (generated) or gsm8k.")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="For gsm8k: a folder with train.jsonl and test.jsonl, or a hub id."),
+]
+
+
+def _one_line(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What a user got wrong is one line on standard error and exit status 2."""
+
+    @wraps(command)
+    def wrapper(*arguments: Any, **options: Any) -> Any:
+        try:
+            return command(*arguments, **options)
+        except (ValueError, NotImplementedError) as error:
+            usage_error(" ".join(str(error).split()))
+        except ImportError as error:
+            usage_error(f"{error}: pip install 'sparse-mla[eval]'")
+
+    return wrapper
+
+
+@app.callback()
+@_one_line
+def evaluate(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option(help="A folder with safetensors, or a hub id.")
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(help="The cache's layout, or transformers: the model's own attention.")
+    ] = "v32_fp8",
+    fault: Annotated[
+        str | None, typer.Option(help="Attend with this fault (docs/faults.md), or with clean.")
+    ] = None,
+    task: Task = "problems",
+    data: Data = None,
+    limit: Limit = None,
+    batch: Batch = 64,
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens per page.")] = 64,
+    device: Device = None,
+    log: Annotated[Path | None, typer.Option(help="Write every problem to this .jsonl.")] = None,
+    show: Annotated[int, typer.Option(min=0, help="Answers to show.")] = 0,
+) -> None:
+    """Answer a task's problems over a paged cache: accuracy with its interval, and a log."""
+    if context.invoked_subcommand is not None:
+        return
+    if model is None:
+        raise ValueError("--model is missing")
+    _quiet()
+    from .model import attach, load
+    from .run import ask
+    from .tasks import problem_set
+
+    writable(log, "--log")
+    where = device_named(device)
+    problems = problem_set(task, data, limit)
+    loaded, tokenizer = load(model, where)
+    attach(loaded, layout, fault, page_size)
+    about = {
+        "model": model, "layout": layout, "fault": fault, "page_size": page_size,
+        "device": str(where), "limit": limit,
+    }  # fmt: skip
+    with _progress(len(problems.asked)) as step:
+        made = ask(loaded, tokenizer, problems, batch=batch, on_answer=step, about=about)
+    if log is not None:
+        made.save(log)
+    for one in made.answered[:show]:
+        typer.echo(f"{one.question}\n{one.response.strip()}\n({one.target})\n")
+    typer.echo(f"{made.about['task']}, {made.name}: {made.share}, {made.about['seconds']} s")
+
+
+@app.command("compare")
+@_one_line
+def compare_logs(
+    a: Annotated[Path, typer.Argument(help="A log that eval wrote.")],
+    b: Annotated[Path, typer.Argument(help="Another one, of the same problems.")],
+    show: Annotated[int, typer.Option(min=0, help="Disagreements to show.")] = 3,
+) -> None:
+    """Two evaluations of the same problems, paired: McNemar's exact p, and disagreements."""
+    from .compare import compare
+    from .log import load_log
+
+    first, second = load_log(a), load_log(b)
+    found = compare(first, second)
+    for name, one in (("A", first), ("B", second)):
+        typer.echo(f"{name}: {one.name}, {one.share}")
+    typer.echo(
+        f"of {found.pairs} problems both answer {found.both}, only A {found.only_a}, only B "
+        f"{found.only_b}, neither {found.neither}; McNemar exact p = {found.p:.3g}"
+    )
+    for pair in found.disagreements[:show]:
+        typer.echo(f"\n{pair[0].number}: {pair[0].question} ({pair[0].target})")
+        for name, answered in zip("AB", pair, strict=True):
+            verdict = "right" if answered.right else "wrong"
+            typer.echo(f"{name} ({verdict}): {' | '.join(answered.response.strip().splitlines())}")
+
+
+@app.command()
+@_one_line
+def regression(
+    model: Model,
+    html: Annotated[Path, typer.Option(help="The report to write.")] = Path("regression.html"),
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+    limit: Limit = None,
+    kl: Annotated[int, typer.Option("--kl", min=1, help="Problems for KL.")] = 32,
+    batch: Batch = 64,
+    device: Device = None,
+) -> None:
+    """The fault that started this project, on a trained model: accuracy, KL and operator error."""
+    _quiet()
+    from .model import load
+    from .regression import run_regression
+    from .regression_report import summary, write_report
+    from .tasks import problem_set
+
+    writable(html, "--html")
+    writable(json, "--json")
+    where = device_named(device)
+    problems = problem_set("problems", None, limit)
+    loaded, tokenizer = load(model, where)
+    with _variants(len(problems.asked)) as progress:
+        made = run_regression(
+            loaded,
+            tokenizer,
+            problems,
+            kl_problems=kl,
+            batch=batch,
+            progress=progress,
+            about={"model": model, "device": str(where)},
+        )
+    if json is not None:
+        made.save(json)
+    write_report(made, html)
+    for line in summary(made):
+        typer.echo(line)
+    typer.echo(f"report: {html}")
+
+
+@app.command()
+@_one_line
+def report(
+    results: Annotated[Path, typer.Argument(help="What eval regression --json wrote.")],
+    html: Annotated[Path, typer.Argument(help="The report to write.")],
+) -> None:
+    """Draw the regression's report again."""
+    from .regression import load_regression
+    from .regression_report import write_report
+
+    loaded = load_regression(results)
+    writable(html, "HTML")
+    write_report(loaded, html)
+    typer.echo(f"report: {html}")
+
+
+def _quiet() -> None:
+    """One bar is enough: those of transformers, datasets and lm-eval are turned off."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    err = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int, str, bool], None]]:
+    """A bar with the accuracy so far, on standard error, only where that is a terminal."""
+    right = done = 0
+    with _bar() as bar:
+        task = bar.add_task("", total=total)
+
+        def step(number: int, text: str, correct: bool) -> None:
+            nonlocal right, done
+            right, done = right + correct, done + 1
+            bar.update(task, advance=1, description=f"{right}/{done} right")
+
+        yield step
+
+
+@contextmanager
+def _variants(total: int) -> Iterator[Any]:
+    """The same for several variants in turn."""
+    from .regression import Progress, Variant
+
+    with _bar() as bar:
+
+        class Shown(Progress):
+            def variant(self, variant: Variant, problems: int) -> None:
+                self.label, self.right, self.done = variant.label, 0, 0
+                self.task = bar.add_task(variant.label, total=problems)
+
+            def answer(self, number: int, text: str, right: bool) -> None:
+                self.right, self.done = self.right + right, self.done + 1
+                shown = f"{self.label}: {self.right}/{self.done} right"
+                bar.update(self.task, advance=1, description=shown)
+
+        yield Shown()

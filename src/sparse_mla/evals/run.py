@@ -1,0 +1,81 @@
+"""Ask a model the problems of a task, through lm-eval."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .log import Answered, Log
+from .problems import read_answer
+from .tasks import ProblemSet, lm_eval_task
+
+# (problem's number, its answer, whether the final number is right)
+OnAnswer = Callable[[int, str, bool], None]
+
+
+def ask(
+    model: Any,
+    tokenizer: Any,
+    problems: ProblemSet,
+    *,
+    batch: int = 16,
+    on_answer: OnAnswer | None = None,
+    about: dict[str, Any] | None = None,
+) -> Log:
+    """Answers to all problems, judged by lm-eval's exact_match.
+
+    Args:
+        batch: problems at a time.
+        on_answer: called as answers come in.
+        about: more facts for the log.
+    """
+    try:
+        import lm_eval
+
+        from .lm import Continued
+    except ImportError as error:
+        raise ValueError(f"lm-eval is missing: pip install 'sparse-mla[eval]' ({error})") from error
+    for name in ("lm_eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+    def each(number: int, text: str) -> None:
+        if on_answer is not None:
+            on_answer(number, text, read_answer(text) == problems.asked[number].target)
+
+    begun = time.monotonic()
+    # Not simple_evaluate: it reads all of lm-eval's task files first, ten seconds on a CPU.
+    found = lm_eval.evaluate(
+        Continued(model, tokenizer, batch, each),
+        {problems.name: lm_eval_task(problems)},
+        bootstrap_iters=0,
+        log_samples=True,
+        verbosity="ERROR",
+    )
+    samples = sorted(found["samples"][problems.name], key=lambda sample: sample["doc_id"])
+    answered = []
+    for sample in samples:
+        response = sample["resps"][0][0]
+        problem = problems.asked[sample["doc_id"]]
+        answered.append(
+            Answered(
+                number=sample["doc_id"],
+                question=problem.question,
+                target=problem.target,
+                given=read_answer(response),
+                right=bool(sample["exact_match"]),
+                response=response,
+            )
+        )
+    facts = {
+        "task": problems.name,
+        "problems": len(answered),
+        "shots": len(problems.shots),
+        "seconds": round(time.monotonic() - begun, 1),
+        "lm_eval": lm_eval.__version__,
+        "torch": torch.__version__,
+    }
+    return Log({**(about or {}), **facts}, answered)

@@ -1,0 +1,1 @@
+"""The small GLM-5-architecture model: shape, training forward pass, data, training, export."""
