@@ -35,7 +35,7 @@ def chosen(request: Request, machine: Arch) -> list[str]:
 
 
 # The ops with a kernel of their own for Hopper.
-ATTENTION = ("decode", "prefill")
+ATTENTION = ("decode", "prefill", "dense_decode")
 
 
 def answer(backend: str, request: Request, machine: Arch) -> tuple[bool, str]:
