@@ -171,7 +171,7 @@ def copy_rope(kv, rows, target):
 
 @aggregate
 class Piece:
-    """A program's part of an item: the tiles [first, last), of which `main` are of the main list."""
+    """A program's part of an item: tiles [first, last); its list in the main cache has `main`."""
 
     which: gl.tensor
     b: gl.tensor
@@ -212,9 +212,7 @@ def cut_item(shape, work, item, start, lengths, extra_lengths, BALANCED: gl.cons
 
 
 @gluon.jit
-def piece_of(
-    shape, work, item, start, lengths, extra_lengths, BALANCED: gl.constexpr
-):
+def piece_of(shape, work, item, start, lengths, extra_lengths, BALANCED: gl.constexpr):
     """An item's piece and where the next item starts; without entries where there is no item."""
     known = gl.minimum(item, shape.items() - 1)
     which, first, last, limit, extra_limit, following = cut_item(
@@ -355,9 +353,7 @@ def resolve(
     Slots are loaded two tiles before they are needed, across the items' border: a load that is
     issued after copies (cp.async) waits for them.
     """
-    piece, start = piece_of(
-        shape, work, work.begin, work.start, lengths, extra_lengths, BALANCED
-    )
+    piece, start = piece_of(shape, work, work.begin, work.start, lengths, extra_lengths, BALANCED)
     slots = load_slots(main, extra, piece, piece, piece.first, EXTRA)
     next_slots = load_slots(main, extra, piece, piece, piece.first + 1, EXTRA)
     pushed = 0
@@ -390,9 +386,7 @@ def resolve(
         start = next_start
         item_phase ^= 1
     # `fill` looks one tile ahead. There are no slots any more.
-    push(
-        kv, main, extra, False, slots, ring, pushed % RING, (pushed // RING) & 1, EXTRA, PREFETCH
-    )
+    push(kv, main, extra, False, slots, ring, pushed % RING, (pushed // RING) & 1, EXTRA, PREFETCH)
 
 
 @gluon.jit
