@@ -28,7 +28,7 @@ from sparse_mla import KVCache, arch, dispatch
 from sparse_mla.arch import Arch
 from sparse_mla.bench.workloads import GPU_WORKLOADS
 from sparse_mla.kv_layout import LAYOUTS
-from sparse_mla.ops.sparse_decode.backends import SM90_LAYOUTS
+from sparse_mla.ops.sparse_decode.backends import SM90_EXPANDED, SM90_LAYOUTS
 from sparse_mla.ops.sparse_decode.source import Source
 from usage import Usage, recorded, usage_of, write_table
 
@@ -286,7 +286,10 @@ def _collect_sm90(collect: Callable[..., None]) -> None:
             continue
         label = f"sm90-{w.op}-{w.layout}-h{w.h_q}-b{w.b}x{w.s_q}"
         if w.op == "decode":
-            shape = (w.layout, w.b, w.s_q, w.h_q, w.topk, False)
+            extra = w.layout if w.extra_topk else ""
+            if extra:
+                label += f"+{w.extra_topk}" + "-lengths" * w.extra_lengths
+            shape = (w.layout, w.b, w.s_q, w.h_q, w.topk, w.extra_lengths, extra)
             collect(here, label, call_decode, decode, *shape)
         elif w.op == "dense_decode":
             collect(here, label, call_dense, dense, w.layout, w.b, w.s_q, w.h_q, False)
@@ -302,6 +305,11 @@ def _collect_sm90(collect: Callable[..., None]) -> None:
             for b in (1, 512):
                 label = f"sm90-decode-{layout}-h{heads}-b{b}-options"
                 collect(here, label, call_decode, decode, layout, b, 1, heads, 2048, True)
+            if layout in SM90_EXPANDED:
+                for b in (1, 512):
+                    label = f"sm90-decode-{layout}+{layout}-h{heads}-b{b}-options"
+                    shape = (layout, b, 1, heads, 2048, True, layout)
+                    collect(here, label, call_decode, decode, *shape)
             label = f"sm90-prefill-{layout}-h{heads}-options"
             collect(here, label, call_prefill, prefill, layout, 4096, heads, 2048, True)
 

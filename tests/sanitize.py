@@ -101,6 +101,8 @@ CASES: dict[str, Callable[[], None]] = {
     "decode-sm90-16": lambda: _decode("sm90", 16),
     "decode-sm90-64": lambda: _decode("sm90", 64),
     "decode-sm90-bf16-64": lambda: _decode("sm90", 64, "bf16"),
+    "decode-sm90-v4_fp8-16": lambda: _decode("sm90", 16, "v4_fp8", "v4_fp8"),
+    "decode-sm90-v4_fp8-64": lambda: _decode("sm90", 64, "v4_fp8", "v4_fp8"),
     "decode-triton-16": lambda: _decode("triton", 16),
     "decode-triton-bf16-64": lambda: _decode("triton", 64, "bf16"),
     "decode-triton-v4_fp8-64": lambda: _decode("triton", 64, "v4_fp8", "v4_fp8"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -13,6 +15,7 @@ from .. import arch, dispatch
 from ..kv_cache import KVCache
 from ..ops.dense_decode.interface import dense_decode
 from ..ops.sparse_decode.interface import decode
+from ..ops.sparse_decode.source import Source
 from ..ops.sparse_prefill.interface import prefill
 from .workloads import Workload
 
@@ -33,6 +36,7 @@ class Data:
     indices: torch.Tensor
     scale: float
     seqlens: torch.Tensor | None = None
+    extra: Source | None = None
 
     def lists(self, tokens: torch.Tensor) -> torch.Tensor:
         """The slots [n, topk] int32 that these query tokens, of all in order, attend to."""
@@ -43,25 +47,73 @@ class Data:
         slots = pages[:, :, None] * PAGE_SIZE + offset
         return slots.flatten(1)[:, : self.workload.topk]
 
+    def extra_lists(
+        self, tokens: torch.Tensor
+    ) -> list[tuple[KVCache, torch.Tensor, torch.Tensor | None]]:
+        """The extra cache, and the lists and lengths of these query tokens, of all in order."""
+        if self.extra is None:
+            return []
+        lists = self.extra.indices.flatten(0, -2)[tokens]
+        lengths = self.extra.lengths
+        if lengths is not None:
+            lengths = lengths[tokens // self.workload.s_q]
+        return [(self.extra.cache, lists, lengths)]
+
+    def extra_options(self) -> dict[str, Any]:
+        """The arguments of `decode` about the extra cache."""
+        if self.extra is None:
+            return {}
+        return {
+            "extra_cache": self.extra.cache,
+            "extra_indices": self.extra.indices,
+            "extra_topk_length": self.extra.lengths,
+        }
+
 
 # FlashMLA's dense decode takes no other.
 PAGE_SIZE = 64
 
 
-def make_cache(layout: str, tokens: int, device: torch.device) -> KVCache:
-    """A packed cache of Gaussian tokens, scales amax/448."""
-    page_size = 64 if layout == "v32_fp8" else 1
+def make_cache(
+    layout: str, tokens: int, device: torch.device, page_size: int | None = None
+) -> KVCache:
+    """A packed cache of Gaussian tokens, scales amax/448; by default in pages as models have."""
+    page_size = page_size or {"v32_fp8": 64, "v4_fp8": 256}.get(layout, 1)
     cache = KVCache.empty(-(-tokens // page_size), page_size, layout, device=device)
     generator = torch.Generator(device=device).manual_seed(0)
     chunk = 1 << 19
     for start in range(0, cache.num_slots, chunk):
         slots = torch.arange(start, min(start + chunk, cache.num_slots), device=device)
-        latent = torch.randn(len(slots), 512, generator=generator, device=device)
+        latent = torch.randn(
+            len(slots), cache.layout.latent.count, generator=generator, device=device
+        )
         rope = None
         if cache.layout.rope is not None:
             rope = torch.randn(len(slots), 64, generator=generator, device=device)
         cache.append(latent, rope, slots)
     return cache
+
+
+# An extra cache takes a second to write and serves many workloads.
+_make_extra_cache = lru_cache(maxsize=1)(make_cache)
+
+
+def make_extra(workload: Workload, device: torch.device) -> Source:
+    """An extra cache in pages of 64 tokens, or of two where its lists have lengths."""
+    page_size = 2 if workload.extra_lengths else 64
+    cache = _make_extra_cache(workload.layout, workload.s_kv, device, page_size)
+    generator = torch.Generator(device=device).manual_seed(2)
+    shape = (workload.b, workload.s_q, workload.extra_topk)
+    options: dict[str, Any] = {
+        "generator": generator,
+        "device": device,
+        "dtype": torch.int32,
+    }
+    indices = torch.randint(workload.s_kv, shape, **options)
+    lengths = None
+    if workload.extra_lengths:
+        lengths = torch.randint(workload.extra_topk + 1, (workload.b,), **options)
+    return Source(cache, indices, lengths)
 
 
 def make_data(workload: Workload, cache: KVCache) -> Data:
@@ -89,7 +141,8 @@ def make_data(workload: Workload, cache: KVCache) -> Data:
         device=device,
         dtype=torch.int32,
     )
-    return Data(workload, q.to(torch.bfloat16), cache, indices, scale)
+    extra = make_extra(workload, device) if workload.extra_topk else None
+    return Data(workload, q.to(torch.bfloat16), cache, indices, scale, extra=extra)
 
 
 @dataclass
@@ -112,7 +165,13 @@ def providers(data: Data, backends: Sequence[str] = (), peers: bool = True) -> P
     found = Providers()
     workload, device = data.workload, data.q.device
     request = dispatch.Request(
-        workload.op, workload.layout, workload.h_q, workload.tokens, workload.topk
+        workload.op,
+        workload.layout,
+        workload.h_q,
+        workload.tokens,
+        workload.topk,
+        extra_layout=workload.layout if workload.extra_topk else "",
+        extra_topk=workload.extra_topk,
     )
     for name in backends or dispatch.available_backends(device):
         try:
@@ -131,7 +190,10 @@ def providers(data: Data, backends: Sequence[str] = (), peers: bool = True) -> P
 
 def _ours(data: Data, backend: str) -> Call:
     if data.workload.op == "decode":
-        return lambda: decode(data.q, data.cache, data.indices, scale=data.scale, backend=backend)
+        extra = data.extra_options()
+        return lambda: decode(
+            data.q, data.cache, data.indices, scale=data.scale, backend=backend, **extra
+        )
     seqlens = data.seqlens
     if seqlens is not None:
         return lambda: dense_decode(
@@ -179,10 +241,17 @@ def _flash_mla(data: Data) -> Call | None:
         return prefill_call
     meta, _ = flash_mla.get_mla_metadata()
     kv = data.cache.tensor().view(torch.float8_e4m3fn)
+    extra: dict[str, Any] = {}
+    if data.extra is not None:
+        extra = {
+            "extra_k_cache": data.extra.cache.tensor().view(torch.float8_e4m3fn),
+            "extra_indices_in_kvcache": data.extra.indices,
+            "extra_topk_length": data.extra.lengths,
+        }
 
     def decode_call() -> Answer:
         out, lse = flash_mla.flash_mla_with_kvcache(
-            q, kv, None, None, 512, meta, None, data.scale, False, True, data.indices
+            q, kv, None, None, 512, meta, None, data.scale, False, True, data.indices, **extra
         )
         return out[..., :heads, :], lse.transpose(1, 2)[..., :heads]
 

@@ -45,6 +45,7 @@ class Row:
         sm_clock_mhz: SM clock right after the workload's samples, 0 on CPU.
         lse_err: max |lse - ref| on the same sample.
         checked: query tokens in that sample. Rows from before these two were kept lack them.
+        extra_topk, extra_lengths: of the workload; rows without an extra cache may lack them.
     """
 
     run: str
@@ -71,10 +72,22 @@ class Row:
     date: str
     lse_err: float | None = None
     checked: int | None = None
+    extra_topk: int = 0
+    extra_lengths: bool = False
 
     @property
     def workload(self) -> Workload:
-        return Workload(self.op, self.layout, self.b, self.s_q, self.h_q, self.topk, self.s_kv)
+        return Workload(
+            self.op,
+            self.layout,
+            self.b,
+            self.s_q,
+            self.h_q,
+            self.topk,
+            self.s_kv,
+            self.extra_topk,
+            self.extra_lengths,
+        )
 
     @property
     def multiple(self) -> float:

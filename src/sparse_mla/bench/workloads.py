@@ -14,6 +14,9 @@ class Workload:
 
     "kv_write" writes b tokens into whole random pages of a cache of s_kv.
     In dense decode topk is the length of every sequence, whose pages are random ones.
+
+    With extra_topk there is a second cache of as many tokens, whose lists have that many entries;
+    with extra_lengths only a random number of them counts, the same for a sequence's tokens.
     """
 
     op: str
@@ -23,6 +26,13 @@ class Workload:
     h_q: int
     topk: int
     s_kv: int
+    extra_topk: int = 0
+    extra_lengths: bool = False
+
+    @property
+    def entries(self) -> int:
+        """Entries of a query token's lists, those that do not count left out on average."""
+        return self.topk + self.extra_topk // (2 if self.extra_lengths else 1)
 
     @property
     def label(self) -> str:
@@ -35,6 +45,8 @@ class Workload:
             shape, end = f"s_q={self.s_q}", f"{end} s_kv={self.s_kv}"
         elif self.op == "dense_decode":
             end = f"s_k={self.topk}"
+        if self.extra_topk:
+            end += f" extra={self.extra_topk}" + " lengths" * self.extra_lengths
         return f"{self.op} {self.layout} {shape} h={self.h_q} {end}"
 
     def matches(self, text: str) -> bool:
@@ -52,7 +64,7 @@ class Workload:
         if self.op == "kv_write":
             return 0
         layout = get_layout(self.layout)
-        return 2 * self.tokens * self.h_q * self.topk * (layout.d_qk + layout.d_v)
+        return 2 * self.tokens * self.h_q * self.entries * (layout.d_qk + layout.d_v)
 
     @property
     def bytes(self) -> int:
@@ -63,8 +75,8 @@ class Workload:
         layout = get_layout(self.layout)
         if self.op == "kv_write":
             return self.b * (2 * layout.d_qk + layout.bytes_per_token + 8)
-        rows = min(self.tokens * self.topk, self.s_kv) * layout.bytes_per_token
-        index = 0 if self.op == "dense_decode" else 4 * self.topk
+        rows = min(self.tokens * self.entries, self.s_kv) * layout.bytes_per_token
+        index = 0 if self.op == "dense_decode" else 4 * self.entries
         return rows + self.tokens * (index + 2 * self.h_q * (layout.d_qk + layout.d_v))
 
 
@@ -106,6 +118,11 @@ def _dense(b: int, h_q: int, s_k: int) -> Workload:
     return Workload("dense_decode", "bf16", b, 1, h_q, s_k, b * s_k)
 
 
+def _model1(b: int, h_q: int, extra_topk: int, lengths: bool = False) -> Workload:
+    """DeepSeek V4 as FlashMLA's tests time it ("MODEL1"): two query tokens a sequence."""
+    return Workload("decode", "v4_fp8", b, 2, h_q, 128, 1 << 20, extra_topk, lengths)
+
+
 H200 = "NVIDIA H200"
 # |gain| is measured on a sample of query tokens; rounding the exact answer alone gives 1e-5.
 MAX_GAIN = 5e-5
@@ -127,6 +144,8 @@ CPU_WORKLOADS = (
     Workload("decode", "bf16", 8, 1, 16, 2048, 65536),
 )
 
+MODEL1_BATCHES = (2, 64, 74, 128, 148, 256)
+
 GOALS = (
     *_faster(1.5, [_decode(128, 64), _decode(32, 64)]),
     *_faster(1.3, [_decode(64, 128), _decode(128, 128, s_q=2)]),
@@ -142,6 +161,9 @@ GOALS = (
     *_faster(1.1, [_prefill(64, 32768, "bf16_nope", 512)]),
     *_faster(2.5, [_prefill(h, 32768) for h in (8, 16, 32)]),
     *_faster(1.05, [_dense(128, 128, 4096), _dense(128, 128, 2048), _dense(32, 64, 8192)]),
+    *_faster(1.3, [_model1(b, 64, 512) for b in MODEL1_BATCHES]),
+    *_faster(1.3, [_model1(b, 128, 1024) for b in MODEL1_BATCHES]),
+    *_faster(1.3, [_model1(b, h, 1024, True) for h in (64, 128) for b in MODEL1_BATCHES]),
     Goal(H200, _decode(128, 16), "triton", "flash_mla", 0.8),
     Goal(H200, _decode(128, 64), "triton", "flash_mla", 0.7),
     # 70 % of what a copy of as many bytes takes.
@@ -151,13 +173,18 @@ GOALS = (
 
 # Shapes without a goal, which make the figures' curves of time against batch.
 _CURVES = [_decode(b, h) for h in (8, 16, 32, 64, 128) for b in (1, 4, 32, 128, 256)]
+# Few heads over V4's caches: FlashMLA's callers pad them.
+_MODEL1_FEW = [_model1(128, h, 512) for h in (8, 16, 32)]
 _WRITES = [_write(layout) for layout in LAYOUTS]
 
 # What serving GLM-5 and DeepSeek V3.2 meets; 8 to 32 heads are those of tensor-parallel ranks.
 GPU_WORKLOADS = tuple(
     sorted(
-        {goal.workload for goal in GOALS if goal.machine == H200} | set(_CURVES) | set(_WRITES),
-        key=lambda w: (w.op, w.layout, w.h_q, w.s_q, w.b, w.s_kv),
+        {goal.workload for goal in GOALS if goal.machine == H200}
+        | set(_CURVES)
+        | set(_MODEL1_FEW)
+        | set(_WRITES),
+        key=lambda w: (w.op, w.layout, w.h_q, w.s_q, w.b, w.s_kv, w.extra_topk, w.extra_lengths),
     )
 )
 
