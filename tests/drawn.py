@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sparse_mla import KVCache, reference
-from sparse_mla.kv_layout import get_layout
+from sparse_mla.kv_layout import KVLayout, get_layout
 from sparse_mla.reference import Reference
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
@@ -43,6 +43,13 @@ class Call:
             valid &= column < per_row
         return valid
 
+    def extra(self) -> Call:
+        """The extra cache as if it were a call's only one."""
+        given = self.options
+        lengths = given.get("extra_topk_length")
+        options = {} if lengths is None else {"topk_length": lengths}
+        return Call(self.q, given["extra_cache"], given["extra_indices"], options)
+
     def oracle(self) -> Reference:
         answer = reference.decode if self.q.dim() == 4 else reference.prefill
         return answer(self.q, self.cache, self.indices, **self.options)
@@ -63,24 +70,49 @@ def filled_cache(
 ) -> KVCache:
     """A cache whose tokens and 128-wide tiles differ in magnitude by factors of e^spread."""
     made = generator(seed)
-    cache = KVCache.empty(pages, page_size, layout, page_stride=page_stride)
+    kind = get_layout(layout)
+    cache = KVCache.empty(
+        pages, page_size, kind, page_stride=page_stride, tensor_scale=scale_of(kind)
+    )
     n = cache.num_slots
-    size = torch.exp(spread * torch.randn(n, 4, 1, generator=made))
-    latent = (torch.randn(n, 4, 128, generator=made) * size).view(n, 512)
-    rope = torch.randn(n, 64, generator=made) if get_layout(layout).rope else None
+    latent, rope = drawn_tokens(kind, n, made, spread)
     cache.append(latent, rope, torch.arange(n))
     return cache
 
 
+def scale_of(layout: KVLayout) -> torch.Tensor | None:
+    """A scale of the whole tensor, where the layout has one."""
+    return torch.tensor([0.0123]) if layout.tensor_scale else None
+
+
+def drawn_tokens(
+    layout: KVLayout, n: int, made: torch.Generator, spread: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Latent and RoPE part of n tokens whose 128-wide tiles differ by factors of e^spread."""
+    width = layout.latent.count
+    tiles = -(-width // 128)
+    size = torch.exp(spread * torch.randn(n, tiles, 1, generator=made))
+    latent = (torch.randn(n, tiles, 128, generator=made) * size).flatten(1)[:, :width]
+    return latent, torch.randn(n, 64, generator=made) if layout.rope else None
+
+
 def poison_unselected(call: Call) -> None:
-    """Every byte of the cache that no query may read becomes 0xFF, which is NaN in every field."""
-    cache = call.cache
-    rows = cache.rows_view()
-    kept = call.used
+    """Every byte of the caches that no query may read becomes 0xFF, NaN in every field but e2m1.
+
+    Unselected tokens of e2m1 layouts are NaN by their scales.
+    """
+    poison_but(call.cache, call.used)
+    if "extra_cache" in call.options:
+        poison_but(call.options["extra_cache"], call.extra().used)
+
+
+def poison_but(cache: KVCache, kept: torch.Tensor) -> None:
     page, offset = kept // cache.page_size, kept % cache.page_size
-    saved = rows[page, offset]
+    views = [cache.rows_view(), cache.footers_view()]
+    saved = [view[page, offset] for view in views]
     cache.pages.fill_(0xFF)
-    rows[page, offset] = saved
+    for view, old in zip(views, saved, strict=True):
+        view[page, offset] = old
 
 
 def draw_indices(
@@ -109,9 +141,15 @@ def decode_call(
     lengths: bool = False,
     sink: bool = False,
     scale: float | None = None,
+    extra_layout: str | None = None,
+    extra_topk: int = 70,
+    extra_page_size: int = 17,
     seed: int = 0,
 ) -> Call:
-    """A decode call; bytes that it may not read are poisoned."""
+    """A decode call; bytes that it may not read are poisoned.
+
+    With an `extra_layout` there is a second cache; it has lengths if the first one has.
+    """
     made = generator(seed + 1)
     cache = filled_cache(layout, pages, page_size, seed=seed, page_stride=page_stride)
     # 0.4 keeps most logits within +-10, so that many tokens carry weight.
@@ -124,6 +162,15 @@ def decode_call(
         options["topk_length"] = draw_lengths(b, topk, seed=seed + 3)
     if sink:
         options["attn_sink"] = draw_sink(heads, seed=seed + 4)
+    if extra_layout is not None:
+        extra = filled_cache(extra_layout, 9, extra_page_size, seed=seed + 5)
+        shape = b, s_q, extra_topk
+        options["extra_cache"] = extra
+        options["extra_indices"] = draw_indices(
+            shape, extra.num_slots, seed=seed + 6, invalid=invalid
+        )
+        if lengths:
+            options["extra_topk_length"] = draw_lengths(b, extra_topk, seed=seed + 7).flip(0)
     call = Call(q, cache, indices, options)
     poison_unselected(call)
     return call

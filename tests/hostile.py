@@ -6,10 +6,22 @@ from collections.abc import Callable
 
 import torch
 
-from drawn import INT_MAX, INT_MIN, Call, decode_call, generator, poison_unselected, prefill_call
+from drawn import (
+    INT_MAX,
+    INT_MIN,
+    Call,
+    decode_call,
+    drawn_tokens,
+    generator,
+    poison_unselected,
+    prefill_call,
+)
+from sparse_mla import LAYOUTS as KNOWN
 from sparse_mla import KVCache
 
+# Those with kernels, and all that may stand alone.
 LAYOUTS = ["v32_fp8", "bf16", "bf16_nope"]
+ALL_LAYOUTS = [name for name, layout in KNOWN.items() if not layout.extra_only]
 
 
 def _redrawn(call: Call, change: Callable[[torch.Tensor, int], None]) -> Call:
@@ -19,11 +31,8 @@ def _redrawn(call: Call, change: Callable[[torch.Tensor, int], None]) -> Call:
         cache.layout.name, pages=cache.num_pages, page_size=cache.page_size, topk=400, b=40
     ).cache
     made = generator(11)
-    fresh.append(
-        torch.randn(fresh.num_slots, 512, generator=made),
-        torch.randn(fresh.num_slots, 64, generator=made) if cache.layout.rope else None,
-        torch.arange(fresh.num_slots),
-    )
+    latent, rope = drawn_tokens(cache.layout, fresh.num_slots, made, spread=0.0)
+    fresh.append(latent, rope, torch.arange(fresh.num_slots))
     changed = Call(call.q, fresh, call.indices.clone(), call.options)
     change(changed.indices, fresh.num_slots)
     poison_unselected(changed)
@@ -85,14 +94,16 @@ def other_tokens_for_each_query(layout: str) -> Call:
 
 
 def very_negative_logits(layout: str) -> Call:
-    """Every logit is exactly -65536: below any mask sentinel, weights still equal."""
+    """Every logit is the same, -65536 or near it: below any mask sentinel, weights equal."""
     call = decode_call(layout, heads=3, topk=70)
     n = call.cache.num_slots
-    rope = call.cache.layout.rope
-    latent = torch.randn(n, 512, generator=generator(12))
+    kind = call.cache.layout
+    rope = kind.rope
+    latent = torch.randn(n, kind.latent.count, generator=generator(12))
     latent[:, :128] = 0.0
     latent[:, 0] = 256.0
-    cache = KVCache.empty(call.cache.num_pages, call.cache.page_size, layout)
+    scale = torch.ones(1) if kind.tensor_scale else None
+    cache = KVCache.empty(call.cache.num_pages, call.cache.page_size, layout, tensor_scale=scale)
     cache.append(
         latent, torch.zeros(n, 64) if rope else None, torch.arange(n), scale_rounding="pow2"
     )
@@ -140,11 +151,18 @@ def padded_pages(layout: str) -> Call:
 def padded_rows(layout: str) -> Call:
     call = decode_call(layout, heads=5)
     cache = call.cache
+    if cache.layout.planar:  # has no padded rows
+        return call
     size = cache.layout.row_bytes
     pool = torch.full((cache.num_pages, 3, cache.page_size, size + 48), 0xFF, dtype=torch.uint8)
     view = pool[:, 1, :, :size]
     view.copy_(cache.rows_view())
-    return Call(call.q, KVCache.from_tensor(view, layout), call.indices, call.options)
+    return Call(
+        call.q,
+        KVCache.from_tensor(view, layout, tensor_scale=cache.tensor_scale),
+        call.indices,
+        call.options,
+    )
 
 
 DECODE_CALLS: dict[str, Callable[[str], Call]] = {

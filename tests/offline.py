@@ -28,9 +28,22 @@ from sparse_mla import KVCache, arch, dispatch
 from sparse_mla.arch import Arch
 from sparse_mla.bench.workloads import GPU_WORKLOADS
 from sparse_mla.kv_layout import LAYOUTS
+from sparse_mla.ops.sparse_decode.backends import SM90_LAYOUTS
+from sparse_mla.ops.sparse_decode.source import Source
 from usage import Usage, recorded, usage_of, write_table
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+# Other kinds of rows for the portable kernels, main and extra cache, with the heads of one of the
+# launches; all of them with and without e4m3 conversion, every third elsewhere.
+OFTEN = ((8, 0), (9, 0))
+OTHER_LAYOUTS = (
+    ("v4_fp8", "v4_fp8", 64),
+    ("glm53_nope_fp8", "", 64),
+    ("v41_fp8_planar", "v41_fp4_planar", 64),
+    ("v4_fp8", "v4_fp8", 16),
+    ("fp8_tensor", "", 64),
+    ("nvfp4_bf16_rope", "v32_fp8", 16),
+)
 # Of an H200; the portable kernels' launches do not depend on it.
 MULTIPROCESSORS = 132
 
@@ -58,6 +71,8 @@ class Launched:
         for name, value in sorted(values.items()):
             if isinstance(value, (torch.Tensor, TensorWrapper)):
                 value = (value.dtype, value.data_ptr() % 16 == 0)
+            elif hasattr(value, "block_shape"):  # a TMA descriptor
+                value = (value.base.dtype, value.block_shape)
             elif isinstance(value, int) and name not in constants and name in self.kernel.arg_names:
                 kind = 0 if name in plain else 1 if value == 1 else 16 * (value % 16 == 0)
                 value = (kind, value >= 2**31)
@@ -133,15 +148,23 @@ def recording(capability: tuple[int, int]) -> Iterator[list[Launched]]:
 
 # ------------------------------------------------------------------ calls of the launchers
 def call_decode(
-    run: Callable[..., object], layout: str, b: int, s_q: int, heads: int, topk: int, options: bool
+    run: Callable[..., object],
+    layout: str,
+    b: int,
+    s_q: int,
+    heads: int,
+    topk: int,
+    options: bool,
+    extra: str = "",
 ) -> None:
     """A backend's decode; `options`: lengths, sinks, odd topk, pages of a shared pool."""
-    cache = _cache(layout, 64, options)
-    q = torch.empty(b, s_q, heads, cache.layout.d_qk, dtype=torch.bfloat16)
-    indices = torch.empty(b, s_q, topk - options, dtype=torch.int32)
-    lengths = torch.empty(b, dtype=torch.int32) if options else None
-    sink = torch.empty(heads) if options else None
-    run(q, cache, indices, lengths, sink, 0.1, 0, False)
+    sources = []
+    for name in (layout, extra) if extra else (layout,):
+        indices = torch.empty(b, s_q, topk - options, dtype=torch.int32)
+        lengths = torch.empty(b, dtype=torch.int32) if options else None
+        sources.append(Source(_cache(name, 64, options), indices, lengths))
+    q = torch.empty(b, s_q, heads, LAYOUTS[layout].d_qk, dtype=torch.bfloat16)
+    run(q, sources, torch.empty(heads) if options else None, 0.1, 0, False)
 
 
 def call_prefill(
@@ -156,9 +179,35 @@ def call_prefill(
     run(q, cache, indices, lengths, sink, 0.1)
 
 
+def call_write(run: Callable[..., object], layout: str) -> None:
+    """The cache's writer, from bf16 tokens."""
+    chosen = LAYOUTS[layout]
+    scale = torch.ones(1) if chosen.tensor_scale else None
+    cache = KVCache.empty(4, 64, chosen, tensor_scale=scale)
+    n = 4096
+    latent = torch.empty(n, chosen.latent.count, dtype=torch.bfloat16)
+    rope = torch.empty(n, chosen.rope.count, dtype=torch.bfloat16) if chosen.rope else None
+    run(cache, latent, rope, torch.empty(n, dtype=torch.int64), "amax")
+
+
+def call_dense(
+    run: Callable[..., object], layout: str, b: int, s_q: int, heads: int, options: bool
+) -> None:
+    """A backend's dense decode; `options`: causal, pages of a shared pool of an odd size."""
+    cache = _cache(layout, 16 if options else 64, options)
+    q = torch.empty(b, s_q, heads, cache.layout.d_qk, dtype=torch.bfloat16)
+    table = torch.empty(b, 100, dtype=torch.int32)
+    lengths = torch.empty(b, dtype=torch.int32)
+    run(q, cache, table, lengths, 0.1, options, 0, False)
+
+
 def _cache(layout: str, page_size: int, options: bool) -> KVCache:
-    stride = page_size * LAYOUTS[layout].row_bytes + 2**17 if options else None
-    return KVCache.empty(256 // page_size, page_size, layout, page_stride=stride)
+    kind = LAYOUTS[layout]
+    stride = (kind.page_bytes(page_size) + 2**17) // 16 * 16 if options else None
+    scale = torch.ones(1) if kind.tensor_scale else None
+    return KVCache.empty(
+        256 // page_size, page_size, layout, page_stride=stride, tensor_scale=scale
+    )
 
 
 @dataclass(frozen=True)
@@ -193,8 +242,11 @@ def builds() -> list[Build]:
                 found[key] = Build(name, capability, one)
 
     for capability in CAPABILITIES:
-        run = _backend("decode", "triton")
+        write = _backend("kv_write", "triton")
         for layout in LAYOUTS:
+            collect(capability, f"triton-write-{layout}", call_write, write, layout)
+        run = _backend("decode", "triton")
+        for layout in ("v32_fp8", "bf16", "bf16_nope"):
             for heads in (16, 32, 64, 128):
                 # The FP8 kernel is the one that runs out of registers: all its variants.
                 if layout == "v32_fp8":
@@ -204,6 +256,15 @@ def builds() -> list[Build]:
                 for variant, (b, options) in shapes.items():
                     label = f"triton-{layout}-h{heads}-{variant}"
                     collect(capability, label, call_decode, run, layout, b, 1, heads, 2048, options)
+        dense = _backend("dense_decode", "triton")
+        for layout in ("bf16", "fp8_tensor"):
+            for heads in (16, 64):
+                label = f"triton-dense-{layout}-h{heads}"
+                collect(capability, label, call_dense, dense, layout, 128, 2, heads // 2, True)
+        for layout, extra, heads in OTHER_LAYOUTS[:: 1 if capability in OFTEN else 3]:
+            label = f"triton-{layout}{extra and '+'}{extra}-h{heads}-options"
+            shape = (layout, 128, 1, heads, 2048, True, extra)
+            collect(capability, label, call_decode, run, *shape)
     if hopper_supported():
         _collect_sm90(collect)
     return list(found.values())
@@ -219,15 +280,23 @@ def _collect_sm90(collect: Callable[..., None]) -> None:
     """The Hopper kernels: what is measured, and every layout and number of heads with options."""
     here = (9, 0)
     decode, prefill = _backend("decode", "sm90"), _backend("prefill", "sm90")
+    dense = _backend("dense_decode", "sm90")
     for w in GPU_WORKLOADS:
+        if w.op == "kv_write":
+            continue
         label = f"sm90-{w.op}-{w.layout}-h{w.h_q}-b{w.b}x{w.s_q}"
         if w.op == "decode":
             shape = (w.layout, w.b, w.s_q, w.h_q, w.topk, False)
             collect(here, label, call_decode, decode, *shape)
+        elif w.op == "dense_decode":
+            collect(here, label, call_dense, dense, w.layout, w.b, w.s_q, w.h_q, False)
         else:
             label += f"-topk{w.topk}"
             collect(here, label, call_prefill, prefill, w.layout, w.s_q, w.h_q, w.topk, False)
-    for layout in LAYOUTS:
+    for layout in ("bf16", "bf16_nope"):
+        label = f"sm90-dense-{layout}-h64-options"
+        collect(here, label, call_dense, dense, layout, 16, 2, 64, True)
+    for layout in SM90_LAYOUTS:
         # bf16_nope is bf16 with less to do.
         for heads in (64,) if layout == "bf16_nope" else (5, 32, 64):
             for b in (1, 512):

@@ -55,13 +55,18 @@ def _cache(layout: str) -> KVCache:
     return cache
 
 
-def _decode(backend: str, heads: int, layout: str = "v32_fp8") -> None:
+def _write(layout: str) -> None:
+    _cache(layout)
+
+
+def _decode(backend: str, heads: int, layout: str = "v32_fp8", extra: str = "") -> None:
     cache = _cache(layout)
     q = torch.randn(2, 2, heads, cache.layout.d_qk, device="cuda", dtype=torch.bfloat16)
     indices = torch.randint(-1, cache.num_slots, (2, 2, 300), device="cuda", dtype=torch.int32)
+    options = {"extra_cache": _cache(extra), "extra_indices": indices} if extra else {}
     for splits in (1, 3):
         sparse_mla.decode(
-            q, cache, indices, backend=backend, num_splits=splits, batch_invariant=True
+            q, cache, indices, backend=backend, num_splits=splits, batch_invariant=True, **options
         )
 
 
@@ -78,6 +83,10 @@ CASES: dict[str, Callable[[], None]] = {
     "decode-sm90-bf16-64": lambda: _decode("sm90", 64, "bf16"),
     "decode-triton-16": lambda: _decode("triton", 16),
     "decode-triton-bf16-64": lambda: _decode("triton", 64, "bf16"),
+    "decode-triton-v4_fp8-64": lambda: _decode("triton", 64, "v4_fp8", "v4_fp8"),
+    "write-v32_fp8": lambda: _write("v32_fp8"),
+    "write-v4_fp8": lambda: _write("v4_fp8"),
+    "write-glm53_nope_nvfp4": lambda: _write("glm53_nope_nvfp4"),
     "prefill-sm90-16": lambda: _prefill("sm90", 16),
     "prefill-sm90-64": lambda: _prefill("sm90", 64),
 }

@@ -6,17 +6,20 @@ A random model of GLM-5's dimensions is made on the GPU, and its caches are fill
 random latents. Before anything is timed, one decode step's logits are compared, with the same
 tokens selected and the same experts chosen (in a random model near ties are everywhere, and bf16
 flips them); a step that differs by more than FP8's rounding ends the run. Every line that is
-printed is a JSON object.
+printed is a JSON object; --write puts the table of the newest committed rows into
+docs/transformers.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,13 +38,22 @@ EXPANDED = Version(transformers.__version__) < Version("5.18")
 MAX_ERROR = 0.06
 
 
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "transformers.md"
+BEGIN, END = "<!-- table: tools/bench_transformers.py --write -->", "<!-- end of table -->"
+
+
 def main() -> int:
     arguments = parse()
+    if arguments.write:
+        DOCUMENT.write_text(updated(DOCUMENT.read_text()))
+        return 0
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     started = time.perf_counter()
     model = glm5(arguments.layers, arguments.context + 4096)
-    say(what="model", seconds=time.perf_counter() - started, gib=gib(), **machine())
+    shape = {"layers": arguments.layers, "context": arguments.context, "batch": arguments.batch}
+    say(what="model", seconds=time.perf_counter() - started, gib=gib(), **shape, **machine())
     if not arguments.no_decode:
         decode(model, arguments)
     if not arguments.no_prefill:
@@ -59,6 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prefill", type=int, default=8192, help="tokens of the prefill")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of its pieces")
     parser.add_argument("--prefill-batch", type=int, default=2)
+    parser.add_argument("--write", action="store_true", help="only update docs/transformers.md")
     parser.add_argument("--no-decode", action="store_true")
     parser.add_argument("--no-prefill", action="store_true")
     return parser.parse_args()
@@ -136,7 +149,8 @@ def prefill(model: Any, arguments: argparse.Namespace) -> None:
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
         # The first round compiles kernels.
-        say(what="prefill", side=side, seconds=seconds[-1], first=seconds[0], gib=gib())
+        row = {"batch": arguments.prefill_batch, "tokens": arguments.prefill}
+        say(what="prefill", side=side, seconds=seconds[-1], first=seconds[0], gib=gib(), **row)
         del cache
         torch.cuda.empty_cache()
     restore(model)
@@ -246,7 +260,51 @@ def machine() -> dict[str, str]:
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    asked = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(asked, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def updated(text: str) -> str:
+    """The document with the table of the newest rows between its two marks."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{DOCUMENT.name} must hold {BEGIN!r} and {END!r} once each")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    newest = max((ROOT / "benchmarks" / "transformers").glob("*.jsonl"))
+    rows = [json.loads(line) for line in newest.read_text().splitlines()]
+    return f"{before}{BEGIN}\n{table(rows)}\n{END}{after}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A run's rows as Markdown."""
+    made = next(row for row in rows if row["what"] == "model")
+    steps = [row for row in rows if row["what"] == "decode" and "ms" in row]
+    base = steps[0]["tokens_per_s"]
+    lines = [
+        f"{made['gpu']}, torch {made['torch']}, transformers {made['transformers']}, commit "
+        f"{made['commit']}" + (f"; {made['note']}" if "note" in made else "") + ":",
+        "",
+        "| attention and cache | bytes per token and layer | decode step | tokens/s | beside the "
+        "first line |",
+        "|---|---|---|---|---|",
+    ]
+    for row in steps:
+        name = f"{row['side']}, {row['how']}"
+        lines.append(
+            f"| {name} | {row['bytes_per_token_and_layer']:.0f} | {row['ms']:.1f} ms | "
+            f"{row['tokens_per_s']:.0f} | {row['tokens_per_s'] / base:.1f}x |"
+        )
+    for row in rows:
+        if row["what"] == "prefill":
+            size = f"{row['batch']} x {row['tokens']} tokens"
+            lines += ["", f"Prefill of {size}, {row['side']}: {row['seconds']:.2f} s."]
+    return "\n".join(lines)
 
 
 def say(**row: Any) -> None:

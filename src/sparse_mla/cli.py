@@ -135,11 +135,14 @@ def report(
 
 @app.command()
 def explain(
-    op: Annotated[str, typer.Option(help="decode or prefill.")] = "decode",
+    op: Annotated[str, typer.Option(help="decode, prefill or kv_write.")] = "decode",
     heads: Annotated[int, typer.Option(min=1, max=128, help="Query heads.")] = 64,
     layout: Annotated[str, typer.Option(help="The cache's layout.")] = "v32_fp8",
     tokens: Annotated[int, typer.Option(min=1, help="Query tokens, b * s_q.")] = 128,
     topk: Annotated[int, typer.Option(min=0, help="Length of the index lists.")] = 2048,
+    extra_layout: Annotated[
+        str | None, typer.Option(help="The extra cache's layout. Default: there is none.")
+    ] = None,
     arch: Annotated[
         str | None, typer.Option(help="Ask about cpu or sm_90 and the like. Default: this machine.")
     ] = None,
@@ -152,7 +155,9 @@ def explain(
     from .kv_layout import get_layout
 
     try:
-        request = dispatch.Request(op, get_layout(layout).name, heads, tokens, topk)
+        extra = get_layout(extra_layout).name if extra_layout else ""
+        name = get_layout(layout).name
+        request = dispatch.Request(op, name, heads, tokens, topk, extra_layout=extra)
         machine = arches.parse(arch) if arch else arches.of(arches.default_device())
         answers = dispatch.explain(request, machine)
     except ValueError as error:

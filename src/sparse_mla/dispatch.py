@@ -16,7 +16,7 @@ import torch
 from . import arch as arch_module
 from .arch import Arch
 
-OPS = ("decode", "prefill")
+OPS = ("decode", "prefill", "dense_decode", "kv_write")
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,16 @@ class Request:
     """The facts of a call that decide where it can run: nothing that needs a device sync.
 
     Attributes:
-        op: "decode" or "prefill".
+        op: one of OPS.
         layout: name of the cache's layout.
         heads: query heads.
         tokens: query tokens (b * s_q).
-        topk: length of the index lists.
+        topk: length of the index lists; for dense decode, tokens that the block table reaches.
         options: names of the optional arguments that were given.
         alignment: bytes; the largest power of two up to 16 that divides the cache's address, page
-            stride and token stride.
+            stride and token stride; of both caches where there are two.
+        extra_layout: name of the extra cache's layout; "" where there is none.
+        extra_topk: length of its index lists.
     """
 
     op: str
@@ -41,6 +43,8 @@ class Request:
     topk: int = 2048
     options: frozenset[str] = frozenset()
     alignment: int = 16
+    extra_layout: str = ""
+    extra_topk: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,10 @@ def backends_of(op: str) -> tuple[Backend, ...]:
         from .ops.sparse_decode.backends import BACKENDS
     elif op == "prefill":
         from .ops.sparse_prefill.backends import BACKENDS
+    elif op == "kv_write":
+        from .ops.kv_write.backends import BACKENDS
+    elif op == "dense_decode":
+        from .ops.dense_decode.backends import BACKENDS
     else:
         raise ValueError(f"op is {op!r}, allowed: {', '.join(OPS)}")
     return BACKENDS

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .kv_layout import KVLayout, check_scale_rounding, get_layout
+from .kv_layout import KVLayout, get_layout
 
 
 @dataclass(frozen=True)
@@ -21,22 +21,32 @@ class KVCache:
             the packed size, as when layers share a pool.
         page_size: tokens per page, any number >= 1.
         layout: what the bytes mean.
-        token_stride: bytes from one token's row to the next, at least `layout.row_bytes`.
+        token_stride: bytes from one token's row to the next, at least `layout.row_bytes`; exactly
+            that in planar layouts.
+        tensor_scale: [1] float32 on the cache's device where the layout has a scale of the whole
+            tensor, None elsewhere. Kernels read it on the device.
     """
 
     pages: torch.Tensor
     page_size: int
     layout: KVLayout
     token_stride: int
+    tensor_scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         pages = self.pages
         if not isinstance(pages, torch.Tensor) or pages.dtype != torch.uint8 or pages.dim() != 2:
-            raise ValueError(f"pages is {_describe(pages)}, must be [num_pages, page bytes] uint8")
+            raise ValueError(f"pages is {describe(pages)}, must be [num_pages, page bytes] uint8")
         if pages.shape[1] > 1 and pages.stride(1) != 1:
             raise ValueError(f"pages has strides {pages.stride()}, the last dim must be contiguous")
         _check_count("page_size", self.page_size, 1)
         _check_count("token_stride", self.token_stride, self.layout.row_bytes)
+        if self.layout.planar and self.token_stride != self.layout.row_bytes:
+            raise ValueError(
+                f"token_stride is {self.token_stride}, the planar layout {self.layout.name} needs "
+                f"{self.layout.row_bytes}"
+            )
+        self.layout.check_tensor_scale(self.tensor_scale, pages.device)
         need = (self.page_size - 1) * self.token_stride + self.layout.row_bytes
         need += self.page_size * self.layout.footer_bytes
         if pages.shape[1] < need:
@@ -54,10 +64,13 @@ class KVCache:
         *,
         device: torch.device | str | None = None,
         page_stride: int | None = None,
+        tensor_scale: torch.Tensor | None = None,
     ) -> KVCache:
         """A cache of `pages` uninitialised pages.
 
         Args:
+            tensor_scale: [1] float32 on the device where the layout has a scale of the whole
+                tensor.
             page_stride: bytes from one page to the next, a multiple of 16, so that rows of a
                 16-byte layout stay aligned; default the packed size, rounded up.
         """
@@ -72,21 +85,29 @@ class KVCache:
                 f"size of {page_size} tokens in {layout.name}"
             )
         storage = torch.empty(pages, stride, dtype=torch.uint8, device=device)
-        return cls(storage[:, :packed], page_size, layout, layout.row_bytes)
+        return cls(storage[:, :packed], page_size, layout, layout.row_bytes, tensor_scale)
 
     @classmethod
     def from_tensor(
-        cls, tensor: torch.Tensor, layout: str | KVLayout, page_size: int | None = None
+        cls,
+        tensor: torch.Tensor,
+        layout: str | KVLayout,
+        page_size: int | None = None,
+        *,
+        tensor_scale: torch.Tensor | None = None,
     ) -> KVCache:
         """Wrap an engine's cache tensor without copying.
 
         Args:
             tensor: [num_pages, page_size, (1,) width] with a contiguous last dim: bytes (uint8,
                 int8 or float8_e4m3fn, width = bytes per token) or, for the bf16 layouts, bfloat16
-                (width = d_qk). Page and token strides may be padded. Or [num_pages, page bytes]
-                together with `page_size`.
+                (width = d_qk). Page and token strides may be padded; in planar layouts pages
+                only, and the shape says how many bytes a page has, not where a token lies. Or
+                [num_pages, page bytes] together with `page_size`. Rows may also be as wide as
+                `layout.wide_rows` says.
             layout: the layout's name. It is never inferred from the width.
             page_size: needed for a 2-D tensor; otherwise read off the shape.
+            tensor_scale: as in the attributes.
         """
         layout = get_layout(layout)
         raw = _as_bytes(tensor, layout)
@@ -94,13 +115,14 @@ class KVCache:
             if page_size is None:
                 raise ValueError("page_size is None, a 2-D cache tensor needs one")
             _check_count("page_size", page_size, 1)
-            need = layout.page_bytes(page_size)
+            # Without the padding to `page_multiple`: the stride says where the next page is.
+            need = page_size * layout.bytes_per_token
             if raw.shape[1] < need:
                 raise ValueError(
                     f"tensor has pages of {raw.shape[1]} bytes, {page_size} tokens of "
                     f"{layout.name} need {need}"
                 )
-            return cls(raw, page_size, layout, layout.row_bytes)
+            return cls(raw, page_size, layout, layout.row_bytes, tensor_scale)
         if raw.dim() == 4:
             if raw.shape[2] != 1:
                 raise ValueError(
@@ -114,13 +136,14 @@ class KVCache:
         pages, size, width = raw.shape
         if size < 1:
             raise ValueError(f"tensor has shape {tuple(tensor.shape)}, the page size must be >= 1")
-        if width != layout.bytes_per_token:
+        widths = (layout.bytes_per_token, *layout.wide_rows)
+        if width not in widths:
             raise ValueError(
                 f"tensor has {width} bytes per token, layout {layout.name} has "
-                f"{layout.bytes_per_token}"
+                f"{' or '.join(map(str, widths))}"
             )
         page_stride = raw.stride(0) if pages > 1 else layout.page_bytes(size)
-        token_stride = raw.stride(1) if size > 1 else layout.row_bytes
+        token_stride = raw.stride(1) if size > 1 else width
         if layout.planar:
             if token_stride != layout.bytes_per_token and size > 1:
                 raise ValueError(
@@ -138,7 +161,7 @@ class KVCache:
         if pages > 1 and page_stride < span:
             raise ValueError(f"tensor has page stride {page_stride}, a page spans {span} bytes")
         view = raw.as_strided((pages, span), (max(page_stride, span), 1))
-        return cls(view, size, layout, token_stride)
+        return cls(view, size, layout, token_stride, tensor_scale)
 
     @property
     def num_pages(self) -> int:
@@ -196,47 +219,43 @@ class KVCache:
         slots: torch.Tensor,
         *,
         scale_rounding: str = "amax",
+        check_slots: bool | None = None,
+        backend: str | None = None,
     ) -> None:
-        """Quantise tokens and write them to their slots.
+        """Quantise tokens and write them to their slots; one kernel on a GPU.
 
         Args:
-            latent: [n, latent width] floats.
+            latent: [n, latent width] floats, any row stride.
             rope: [n, RoPE width] floats; None where the layout has no separate RoPE part.
             slots: [n] int32 or int64; -1 skips the token. Slots must be distinct.
-            scale_rounding: "amax" (scale = amax/448, fp32) or "pow2" (rounded up to a power of 2).
+            scale_rounding: of fp32 scales: "amax" (amax/448) or "pow2" (rounded up to a power of
+                2). Other scales are rounded as `KVLayout.pack` says.
+            check_slots: raise ValueError if a slot is below -1 or >= num_slots. By default CPU
+                tensors are checked and those on a GPU are not, as it costs a sync: there such a
+                token is skipped like one with -1.
+            backend: "triton", "cpu" or "torch"; default the first that supports the call.
 
         Raises:
-            ValueError: wrong shape, dtype or device; a slot below -1 or >= num_slots.
+            ValueError: wrong shape, dtype or device; or a slot, if they are checked.
         """
-        layout = self.layout
-        check_scale_rounding(scale_rounding)
-        _check_slots(slots, self.device)
-        _check_part("latent", latent, layout.latent.count, slots, self.device)
-        if layout.rope is not None:
-            _check_part("rope", rope, layout.rope.count, slots, self.device)
-        elif rope is not None:
-            raise ValueError(f"rope is given, layout {layout.name} stores no RoPE part")
-        slots = slots.to(torch.int64)
-        bad = (slots < -1) | (slots >= self.num_slots)
-        if bool(bad.any()):
-            raise ValueError(
-                f"slots holds {int(slots[bad][0])}, allowed: -1 (skip) or 0..{self.num_slots - 1}"
-            )
-        keep = slots >= 0
-        slots, latent = slots[keep], latent[keep]
-        rope = None if rope is None else rope[keep]
-        rows, footers = layout.pack(latent, rope, scale_rounding)
-        page, offset = slots // self.page_size, slots % self.page_size
-        self.rows_view()[page, offset] = rows
-        if layout.planar:
-            self.footers_view()[page, offset] = footers
+        from .ops.kv_write.interface import write
+
+        write(
+            self,
+            latent,
+            rope,
+            slots,
+            scale_rounding=scale_rounding,
+            check_slots=check_slots,
+            backend=backend,
+        )
 
     def read(self, slots: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """Logical rows [n, d_qk] of the given slots [n], dequantised in `dtype`.
 
         float64 is exact. ValueError if a slot lies outside [0, num_slots).
         """
-        _check_slots(slots, self.device)
+        check_slots_tensor(slots, self.device)
         slots = slots.to(torch.int64)
         bad = (slots < 0) | (slots >= self.num_slots)
         if bool(bad.any()):
@@ -244,10 +263,11 @@ class KVCache:
         page, offset = slots // self.page_size, slots % self.page_size
         rows = self.rows_view()[page, offset]
         footers = self.footers_view()[page, offset]
-        return self.layout.unpack(rows, footers, dtype)
+        return self.layout.unpack(rows, footers, dtype, self.tensor_scale)
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
+    """What was given, for messages."""
     if isinstance(value, torch.Tensor):
         return f"a tensor {tuple(value.shape)} of {value.dtype}"
     return type(value).__name__
@@ -260,7 +280,7 @@ def _check_count(name: str, value: int, least: int) -> None:
 
 def _as_bytes(tensor: torch.Tensor, layout: KVLayout) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"tensor is {_describe(tensor)}, must be a tensor")
+        raise ValueError(f"tensor is {describe(tensor)}, must be a tensor")
     allowed: tuple[torch.dtype, ...] = (torch.uint8, torch.int8, torch.float8_e4m3fn)
     if not layout.quantised:
         allowed = (torch.uint8, torch.bfloat16)
@@ -277,29 +297,13 @@ def _as_bytes(tensor: torch.Tensor, layout: KVLayout) -> torch.Tensor:
     return tensor.view(torch.uint8)
 
 
-def _check_slots(slots: torch.Tensor, device: torch.device) -> None:
+def check_slots_tensor(slots: torch.Tensor, device: torch.device) -> None:
+    """slots is [n] int32 or int64 on `device`."""
     if (
         not isinstance(slots, torch.Tensor)
         or slots.dim() != 1
         or slots.dtype not in (torch.int32, torch.int64)
     ):
-        raise ValueError(f"slots is {_describe(slots)}, must be [n] int32 or int64")
+        raise ValueError(f"slots is {describe(slots)}, must be [n] int32 or int64")
     if slots.device != device:
         raise ValueError(f"slots is on {slots.device}, the cache is on {device}")
-
-
-def _check_part(
-    name: str, part: torch.Tensor | None, width: int, slots: torch.Tensor, device: torch.device
-) -> None:
-    if part is None:
-        raise ValueError(f"{name} is None, the layout stores {width} values per token")
-    if not isinstance(part, torch.Tensor):
-        raise ValueError(f"{name} is {_describe(part)}, must be a tensor [n, {width}]")
-    if part.shape != (slots.shape[0], width):
-        raise ValueError(
-            f"{name} has shape {tuple(part.shape)}, must be ({slots.shape[0]}, {width})"
-        )
-    if not part.is_floating_point():
-        raise ValueError(f"{name} has dtype {part.dtype}, must be floating point")
-    if part.device != device:
-        raise ValueError(f"{name} is on {part.device}, the cache is on {device}")

@@ -8,6 +8,9 @@ import torch
 
 from sparse_mla.accuracy import budgets
 from sparse_mla.accuracy.case import Inputs, Output, WriteInputs
+from sparse_mla.accuracy.token_bytes import parts, stored_scales, token_bytes
+from sparse_mla.kv_cache import KVCache
+from sparse_mla.kv_layout import KVLayout
 
 
 class Ideal:
@@ -49,59 +52,100 @@ class Folding(Ideal):
         *shape, h, d = inputs.q.shape
         q = inputs.q.reshape(-1, h, d).float()
         n = q.shape[0]
-        s_q = inputs.q.shape[1] if inputs.op == "decode" else 1
-        indices = inputs.indices.flatten(0, -2)
         out = torch.zeros(n, h, inputs.cache.layout.d_v)
         lse = torch.full((n, h), float("-inf"))
         top = lse.clone()
         for i in range(n):
-            line = indices[i]
-            if inputs.topk_length is not None:
-                line = line[: max(0, int(inputs.topk_length[i // s_q]))]
-            line = torch.where((line >= 0) & (line < inputs.cache.num_slots), line, -1)
-            out[i], lse[i], top[i] = self.row(q[i], inputs, line.long())
+            lists = [(cache, line(*lists, i)) for cache, *lists in sources(inputs)]
+            out[i], lse[i], top[i] = self.row(q[i], lists, inputs.scale)
         if inputs.attn_sink is not None:
             sink = inputs.attn_sink
             factor = torch.where(sink == float("-inf"), 1.0, torch.sigmoid(lse - sink))
             out = out * torch.where(lse == float("-inf"), 0.0, factor)[..., None]
         return Output(
-            out.to(torch.bfloat16).view(*shape, h, -1)
-            if n
-            else out.to(torch.bfloat16).view(*shape, h, out.shape[-1]),
+            out.to(torch.bfloat16).view(*shape, h, out.shape[-1]),
             lse.view(*shape, h),
             top.view(*shape, h),
         )
 
     def row(
-        self, q: torch.Tensor, inputs: Inputs, line: torch.Tensor
+        self, q: torch.Tensor, lists: list[tuple[KVCache, torch.Tensor]], scale: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        cache, layout = inputs.cache, inputs.cache.layout
-        h = q.shape[0]
+        """One query token [h, d] over the listed slots of each cache."""
+        h, d_v = q.shape[0], lists[0][0].layout.d_v
         peak = torch.full((h,), float("-inf"))
-        total, acc = torch.zeros(h), torch.zeros(h, layout.d_v)
-        tiles = layout.scales.count if layout.scales else 1
-        width = layout.latent.count // tiles
-        for start in range(0, len(line), self.chunk):
-            slots = line[start : start + self.chunk]
-            slots = slots[slots >= 0]
-            if not len(slots):
-                continue
-            raw = cache.rows_view()[slots // cache.page_size, slots % cache.page_size]
-            values = layout.latent.read(raw).float().view(-1, tiles, width)
-            scales = layout.scales.read(raw) if layout.scales else torch.ones(len(slots), 1)
-            dots = torch.einsum("htd,ntd->hnt", q[:, : tiles * width].view(h, tiles, width), values)
-            logits = (dots * scales).sum(-1)
-            if layout.rope is not None:
-                logits = logits + q[:, tiles * width :] @ layout.rope.read(raw).float().T
-            logits = logits * inputs.scale
-            new = torch.maximum(peak, logits.amax(1))
-            decay = torch.exp(peak - new)
-            p = torch.exp(logits - new[:, None])
-            folded = (p[..., None] * scales).to(torch.bfloat16).float()
-            part = torch.einsum("hnt,ntd->htd", folded, values).reshape(h, -1)
-            total = total * decay + p.sum(1)
-            acc = acc * decay[:, None] + part
-            peak = new
+        total, acc = torch.zeros(h), torch.zeros(h, d_v)
+        for cache, slots in lists:
+            for part in slots.split(self.chunk) if len(slots) else ():
+                values, factors = stored(cache, part)
+                logits = torch.zeros(h, len(part))
+                for tile, (first, end) in enumerate(tiles_of(cache.layout)):
+                    dots = q[:, first:end] @ values[:, first:end].T
+                    logits += dots * factors[:, tile]
+                logits = logits * scale
+                new = torch.maximum(peak, logits.amax(1))
+                decay = torch.exp(peak - new)
+                p = torch.exp(logits - new[:, None])
+                total = total * decay + p.sum(1)
+                acc = acc * decay[:, None]
+                for tile, (first, end) in enumerate(tiles_of(cache.layout)):
+                    folded = (p * factors[:, tile]).to(torch.bfloat16).float()
+                    acc[:, first : min(end, d_v)] += folded @ values[:, first : min(end, d_v)]
+                peak = new
         if not bool((total > 0).any()):
-            return torch.zeros(h, layout.d_v), peak, peak
+            return acc, peak, peak
         return acc / total[:, None], peak + torch.log(total), peak
+
+
+def sources(inputs: Inputs) -> list[tuple[Any, ...]]:
+    """Caches with indices [n, topk] and lengths [n], one line per query token."""
+    s_q = inputs.q.shape[1] if inputs.op == "decode" else 1
+
+    def flat(
+        cache: KVCache, indices: torch.Tensor, lengths: torch.Tensor | None
+    ) -> tuple[Any, ...]:
+        per_token = None if lengths is None else lengths.repeat_interleave(s_q)
+        return cache, indices.flatten(0, -2), per_token
+
+    made = [flat(inputs.cache, inputs.indices, inputs.topk_length)]
+    if inputs.extra_cache is not None and inputs.extra_indices is not None:
+        made.append(flat(inputs.extra_cache, inputs.extra_indices, inputs.extra_topk_length))
+    # The number of slots goes along, for the bounds.
+    return [(cache, indices, lengths, cache.num_slots) for cache, indices, lengths in made]
+
+
+def line(
+    indices: torch.Tensor, lengths: torch.Tensor | None, slots: int, token: int
+) -> torch.Tensor:
+    """The slots that count in one query token's list."""
+    mine = indices[token]
+    if lengths is not None:
+        mine = mine[: max(0, int(lengths[token]))]
+    return mine[(mine >= 0) & (mine < slots)].long()
+
+
+def tiles_of(layout: KVLayout) -> list[tuple[int, int]]:
+    """Dims that share a factor: the tiles of the latent part, then the RoPE part."""
+    count = layout.latent.count
+    width = layout.tile if layout.scales is not None else count
+    found = [(first, first + width) for first in range(0, count, width)]
+    return found if layout.rope is None else [*found, (count, layout.d_qk)]
+
+
+def stored(cache: KVCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values [n, d_qk] but for the factors of the tiles [n, `tiles_of`], both float32."""
+    layout = cache.layout
+    tokens = token_bytes(cache, slots)
+    rows, _ = parts(layout, tokens)
+    values = layout.latent.read(rows).float()
+    scales = stored_scales(layout, tokens)
+    factors = torch.ones(len(slots), 1) if scales is None else scales.float()
+    if layout.outer is not None:
+        factors = factors * layout.outer.read(rows)
+    if cache.tensor_scale is not None:
+        # One factor for all tokens: with the weights it would round them all alike.
+        values = values * cache.tensor_scale
+    if layout.rope is not None:
+        values = torch.cat([values, layout.rope.read(rows).float()], 1)
+        factors = torch.cat([factors, torch.ones(len(slots), 1)], 1)
+    return values, factors

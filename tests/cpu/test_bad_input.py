@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from drawn import scale_of
 from sparse_mla import KVCache, decode, prefill
 from sparse_mla.compat import flash_mla
 from sparse_mla.kv_layout import LAYOUTS
@@ -107,7 +108,7 @@ def refused(function: str, call: dict[str, Any], naming: str, *values: object) -
     with pytest.raises(ValueError) as caught:
         FUNCTIONS[function][0](**call)
     message = str(caught.value)
-    assert re.search(rf"\b{naming}\b", message), message
+    assert re.search(rf"\b(?:{naming})\b", message), message
     for value in values:
         assert str(value) in message, (value, message)
 
@@ -173,7 +174,7 @@ def test_shape(function: str, data: st.DataObject) -> None:
         return
     call[key] = torch.zeros(shape, dtype=old.dtype)
     # A q of other dims makes what must match it wrong instead, and so does a kv 512 wide.
-    naming = {"q": "(q|indices|topk_length|attn_sink)", "kv": "(kv|q)"}.get(key, key)
+    naming = {"q": "(q|k_cache|indices|topk_length|attn_sink)", "kv": "(kv|q)"}.get(key, key)
     refused(function, call, naming)
 
 
@@ -188,8 +189,6 @@ def fits(function: str, key: str, shape: tuple[int, ...], old: tuple[int, ...]) 
         return rows and len(shape) == 3 and shape[1:] == (1, 576)
     if not same_but:
         return True
-    if key == "q" and function == "flash_mla_with_kvcache" and shape[-1] == 512:
-        return True  # asks for a V4 cache: NotImplementedError, see test_compat_flash_mla
     if key == "indices":
         return same_but == [len(old) - 1]
     if key == "k_cache":
@@ -246,6 +245,77 @@ def test_options(function: str, key: str, value: object) -> None:
 )
 def test_decode_options(key: str, value: object) -> None:
     refused("decode", {**good_decode(), key: value}, key, repr(value))
+
+
+def good_extra() -> dict[str, Any]:
+    return {
+        "extra_cache": KVCache(torch.zeros(2, 3 * 1152, dtype=U8), 3, LAYOUTS["bf16"], 1152),
+        "extra_indices": torch.zeros(B, S_Q, 9, dtype=I32),
+        "extra_topk_length": torch.ones(B, dtype=I32),
+    }
+
+
+def test_a_good_extra_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    decode(**good_decode(), **good_extra())
+    extra = {**good_extra(), "extra_topk_length": None}
+    decode(**good_decode(), **extra)
+
+
+@pytest.mark.parametrize(
+    ("changes", "naming", "values"),
+    [
+        ({"extra_cache": None}, "extra_indices", ["extra_cache is None"]),
+        ({"extra_cache": None, "extra_indices": None}, "extra_topk_length", ["extra_cache is"]),
+        ({"extra_indices": None}, "extra_indices", ["None"]),
+        ({"extra_cache": torch.zeros(2, 4, 656, dtype=U8)}, "extra_cache", ["Tensor"]),
+        ({"extra_cache": "v4_fp8"}, "extra_cache", ["str"]),
+        ({"extra_indices": torch.zeros(B, S_Q, 9)}, "extra_indices", ["torch.float32"]),
+        ({"extra_indices": torch.zeros(B, S_Q, 9).long()}, "extra_indices", ["torch.int64"]),
+        ({"extra_indices": torch.zeros(B + 1, S_Q, 9, dtype=I32)}, "extra_indices", [B + 1]),
+        ({"extra_indices": torch.zeros(B, 9, dtype=I32)}, "extra_indices", ["topk"]),
+        ({"extra_indices": torch.zeros(B, S_Q, 9, 2, dtype=I32)[..., 0]}, "extra_indices", []),
+        ({"extra_indices": torch.zeros(B, S_Q, 9, dtype=I32, device="meta")}, "extra_indices", []),
+        ({"extra_indices": [[[1]]]}, "extra_indices", ["list"]),
+        ({"extra_topk_length": torch.ones(B)}, "extra_topk_length", ["torch.float32"]),
+        ({"extra_topk_length": torch.ones(B + 1, dtype=I32)}, "extra_topk_length", [B + 1]),
+        ({"extra_topk_length": 3}, "extra_topk_length", ["int"]),
+    ],
+)
+def test_extra_arguments(changes: dict[str, Any], naming: str, values: list[object]) -> None:
+    refused("decode", {**good_decode(), **good_extra(), **changes}, naming, *values)
+
+
+def test_an_extra_cache_of_another_width_or_device() -> None:
+    call = {**good_decode(), **good_extra()}
+    call["extra_cache"] = KVCache.empty(2, 3, "v4_fp8")
+    refused("decode", call, "extra_cache", "v4_fp8", "d_qk 512", "v32_fp8", 576)
+    call["extra_cache"] = KVCache.empty(2, 3, "bf16", device="meta")
+    refused("decode", call, "extra_cache", "meta")
+
+
+@pytest.mark.parametrize("layout", ["v41_fp4_planar", "v41_fp4_inline"])
+def test_layouts_of_extra_caches_only(layout: str) -> None:
+    call = good_decode()
+    call["cache"] = KVCache.empty(2, 3, layout)
+    refused("decode", call, "cache", layout, "extra cache")
+    call = good_prefill()
+    call["kv"] = KVCache.empty(2, 3, layout)
+    refused("prefill", call, "kv", layout, "extra cache")
+
+
+@pytest.mark.parametrize("name", ["extra_indices_in_kvcache", "extra_topk_length"])
+def test_flash_mla_extra_arguments_without_a_cache(name: str) -> None:
+    call = {**good_flash_decode(), name: torch.zeros(B, S_Q, 9, dtype=I32)}
+    refused("flash_mla_with_kvcache", call, "extra_cache|extra_k_cache")
+
+
+@pytest.mark.parametrize("backend", ["sm90", "triton"])
+def test_a_backend_without_the_layout_says_so(backend: str) -> None:
+    """Asked for by name it must not fall back."""
+    call = {**good_decode(), **good_extra(), "backend": backend}
+    with pytest.raises(NotImplementedError, match=f"{backend}: "):
+        decode(**call)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +383,8 @@ def test_kv_cache_empty(pages: Any, page_size: Any, layout: Any, page_stride: An
         need = LAYOUTS[layout].page_bytes(page_size)
         right = type(page_stride) is int and page_stride >= need and page_stride % 16 == 0
     if right:
-        cache = KVCache.empty(pages, page_size, layout, page_stride=page_stride)
+        scale = scale_of(LAYOUTS[layout])
+        cache = KVCache.empty(pages, page_size, layout, page_stride=page_stride, tensor_scale=scale)
         assert cache.num_slots == pages * page_size
         return
     with pytest.raises(ValueError, match=r"^(pages|page_size|layout|page_stride) is "):

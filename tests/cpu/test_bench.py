@@ -11,7 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sparse_mla.bench import figures, registry, rows, run, table, timing, workloads
+from sparse_mla import KVCache
+from sparse_mla.bench import figures, registry, rows, run, table, timing, workloads, writes
 from sparse_mla.bench.rows import Row
 from sparse_mla.bench.workloads import Workload
 from sparse_mla.cli import app
@@ -192,6 +193,30 @@ def test_work_of_a_workload() -> None:
     assert replace(one, s_kv=100).bytes == one.bytes - 1948 * 656
 
 
+def test_a_writer_beside_a_copy_of_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = tuple(workloads._write(layout, 128) for layout in ("v4_fp8", "bf16"))
+    assert small[0].label == "kv_write v4_fp8 n=128"
+    assert small[0].bytes == 128 * (1024 + 584 + 8) and small[0].flops == 0
+    monkeypatch.setattr(run, "CPU_WORKLOADS", small)
+    quantised, exact = run.run(CPU, 3, ignore).rows
+    assert quantised.multiple == exact.multiple == 1.0
+    assert 0.01 < quantised.rel_l2 < 0.05 and exact.rel_l2 < 1e-9
+    data = writes.make_writes(small[0], CPU)
+    assert data.check("cpu") == 0
+    copy = data.copy()
+    copy()
+
+    def broken(self: KVCache, *args: object, backend: str, **more: object) -> None:
+        real(self, *args, backend=backend, **more)  # type: ignore[arg-type]
+        if backend == "cpu":
+            self.pages[:, 5] ^= 1
+
+    real = KVCache.append
+    monkeypatch.setattr(KVCache, "append", broken)
+    result = run.run(CPU, 3, ignore, only=["v4_fp8"])
+    assert not result.rows and "2 bytes differ" in result.wrong[0].reason
+
+
 @pytest.fixture
 def many_rows() -> list[Row]:
     """A row for every workload of the H200 and provider; times are not meant to be likely."""
@@ -325,11 +350,33 @@ def test_explain_command(arch: str | None) -> None:
     assert "runs" in done.output
 
 
+def test_explain_two_caches() -> None:
+    arguments = ["explain", "--layout", "v41_fp8_inline", "--extra-layout", "v41_fp4_inline"]
+    done = CliRunner().invoke(app, [*arguments, "--arch", "cpu"])
+    assert done.exit_code == 0, done.output
+    assert "v41_fp8_inline + v41_fp4_inline" in done.output and "runs" in done.output
+
+
 @pytest.mark.parametrize(
-    ("option", "value"), (("--layout", "v9"), ("--op", "sort"), ("--arch", "sm_75"))
+    ("option", "value"),
+    (("--layout", "v9"), ("--extra-layout", "v9"), ("--op", "sort"), ("--arch", "sm_75")),
 )
 def test_explain_refuses_in_one_line(option: str, value: str) -> None:
     done = CliRunner().invoke(app, ["explain", option, value])
     assert done.exit_code == 2
     assert repr(value) in done.output
     assert "Traceback" not in done.output
+
+
+def test_dense_decode_is_checked_against_the_slots_of_its_pages() -> None:
+    workload = workloads.Workload("dense_decode", "bf16", 3, 2, 4, 100, 3 * 128)
+    assert workload.label == "dense_decode bf16 b=3 s_q=2 h=4 s_k=100"
+    cache = registry.make_cache("bf16", workload.s_kv, torch.device("cpu"))
+    data = registry.make_data(workload, cache)
+    oracle = run.Oracle(data)
+    (call,) = registry.providers(data, ["cpu"], peers=False).calls.values()
+    accuracy = oracle.check("sparse_mla:cpu", call())
+    assert accuracy.rel_l2 <= 1.001 * accuracy.ideal
+    out, lse = call()
+    with pytest.raises(run.WrongAnswer):
+        oracle.check("sparse_mla:cpu", (out.flip(0), lse))

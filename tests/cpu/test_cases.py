@@ -11,6 +11,7 @@ from sparse_mla.accuracy.case import Case, Inputs
 from sparse_mla.accuracy.case_inputs import Draw, draw
 from sparse_mla.accuracy.cases import CASES, random_case
 from sparse_mla.accuracy.gate import PASSED, prepare, run_case
+from sparse_mla.kv_layout import LAYOUTS
 
 CPU = torch.device("cpu")
 KERNELS = (Ideal(), Folding(), Folding(16))
@@ -54,9 +55,38 @@ def test_every_fault_line_has_a_case() -> None:
         "rope_interleaved", "heads_beyond_tail", "head_padding_nan", "p_rounded_before_sum",
         "sink_in_lse", "sink_base2", "page_size_64", "last_block_unmasked", "race", "lse_base2",
         "writer_zero_tile_nan", "writer_no_saturation", "writer_slot_off_by_page",
+        "nibbles_swapped", "planar_as_inline", "scale_table_off_by_pad", "page_padding_ignored",
+        "outer_scale_forgotten", "ue8m0_bias", "extra_cache_ignored", "extra_indices_in_main",
+        "extra_length_on_main", "writer_planar_as_inline",
     }  # fmt: skip
     shown = {name for case in CASES for name in case.shows}
     assert needed <= shown
+
+
+def test_every_layout_has_cases() -> None:
+    seen: dict[str, set[str]] = {"decode": set(), "prefill": set(), "kv_write": set()}
+    beside = set()
+    for case in CASES:
+        if "offsets" in case.name or "real" in case.name:
+            continue
+        for call in case.build(0, CPU):
+            seen[case.op].add(call.cache.layout.name)
+            if isinstance(call, Inputs) and call.extra_cache is not None:
+                beside.add(call.extra_cache.layout.name)
+    alone = {name for name, layout in LAYOUTS.items() if not layout.extra_only}
+    assert seen["decode"] == alone and seen["kv_write"] == set(LAYOUTS)
+    assert seen["prefill"] == alone
+    assert beside >= set(LAYOUTS) - alone
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if not LAYOUTS[name].extra_only])
+def test_everything_unselected_is_nan_in_every_layout(layout: str) -> None:
+    inputs = draw(Draw(b=2, topk=40, page_size=61, page_pad=64, layout=layout), 0, "x", CPU)
+    rows = inputs.cache.read(torch.arange(inputs.cache.num_slots))
+    live = torch.isfinite(rows).all(1)
+    assert not live[0] and live[-1] and bool(torch.isnan(rows[~live]).all())
+    full = draw(Draw(b=2, topk=40, page_size=61, layout=layout, full=True), 0, "x", CPU)
+    assert bool(full.cache.read(torch.arange(full.cache.num_slots)).isfinite().all())
 
 
 def test_same_seed_same_bytes() -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from dense import dense_call
 from drawn import Call, assert_exact_but_for_rounding, decode_call, prefill_call
+from sparse_mla import LAYOUTS, KVCache
 from sparse_mla.compat import flash_mla
 
 REQUIRED = inspect.Parameter.empty
@@ -47,10 +49,21 @@ SIGNATURES = {
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signature(name: str) -> None:
-    parameters = inspect.signature(getattr(flash_mla, name)).parameters
+    parameters = {
+        n: p
+        for n, p in inspect.signature(getattr(flash_mla, name)).parameters.items()
+        if p.kind != inspect.Parameter.KEYWORD_ONLY
+    }
     assert list(parameters) == list(SIGNATURES[name])
     assert {n: p.default for n, p in parameters.items()} == SIGNATURES[name]
     assert {p.kind for p in parameters.values()} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+
+
+def test_what_we_add_is_keyword_only_and_optional() -> None:
+    parameters = inspect.signature(flash_mla.flash_mla_with_kvcache).parameters
+    ours = {n: p for n, p in parameters.items() if p.kind == inspect.Parameter.KEYWORD_ONLY}
+    assert list(ours) == ["kv_format", "extra_kv_format", "kv_scale", "extra_kv_scale"]
+    assert {p.default for p in ours.values()} == {None}
 
 
 def test_get_mla_metadata_takes_anything() -> None:
@@ -155,28 +168,158 @@ def test_sparse_fwd(width: int) -> None:
     assert_exact_but_for_rounding(out, torch.where(empty, float("-inf"), lse), want)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 3])
+def test_dense(kv_heads: int, causal: bool) -> None:
+    """Each KV head serves its own query heads; the sequences' pages are shared."""
+    calls = [
+        dense_call(lengths=(0, 3, 100), s_q=2, heads=4, seed=i, causal=causal, scale=0.05)
+        for i in range(kv_heads)
+    ]
+    tables = calls[0].block_table
+    cache = torch.full((9, 64, kv_heads, 576), float("nan"), dtype=torch.bfloat16)
+    for head, call in enumerate(calls):
+        for i, count in enumerate((0, 1, 2)):
+            own = call.cache.rows_view().view(torch.bfloat16)[call.block_table[i, :count].long()]
+            cache[tables[i, :count].long(), :, head] = own
+    out, lse = flash_mla.flash_mla_with_kvcache(
+        torch.cat([call.q for call in calls], dim=2), cache, tables, calls[0].cache_seqlens, 512,
+        flash_mla.get_mla_metadata()[0], softmax_scale=0.05, causal=causal,
+    )  # fmt: skip
+    assert lse.shape == (3, 4 * kv_heads, 2)
+    for head, call in enumerate(calls):
+        own = slice(4 * head, 4 * head + 4)
+        want = call.oracle()
+        empty = want.lse == float("-inf")
+        ours = lse[:, own].transpose(1, 2)
+        assert torch.equal(ours == float("inf"), empty) and empty.any()
+        assert_exact_but_for_rounding(out[:, :, own], torch.where(empty, float("-inf"), ours), want)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"indices": None}, "indices is None: dense"),
-        ({"extra_k_cache": torch.zeros(1, 1, 1, 656)}, "extra_k_cache"),
-        ({"extra_indices_in_kvcache": torch.zeros(2, 1, 4)}, "extra_indices_in_kvcache"),
-        ({"extra_topk_length": torch.zeros(2)}, "extra_topk_length"),
-        ({"q": torch.zeros(2, 1, 16, 512, dtype=torch.bfloat16)}, "d_qk 512 with an FP8 cache"),
+        ({"block_table": None}, "block_table is None"),
+        ({"cache_seqlens": None}, "cache_seqlens is None"),
+        ({"head_dim_v": 256}, "head_dim_v is 256"),
+        ({"k_cache": torch.zeros(3, 64, 3, 576, dtype=torch.bfloat16)}, "3 heads, q has 4"),
+        ({"k_cache": torch.zeros(3, 64, 1, 576)}, "k_cache: dtype is torch.float32"),
+        ({"attn_sink": torch.zeros(4)}, "attn_sink is given, must be None when indices is None"),
+        ({"topk_length": torch.zeros(2)}, "topk_length is given"),
+        ({"softmax_scale": float("inf")}, "softmax_scale is inf"),
     ],
 )
-def test_what_is_not_there_yet_says_so(change: dict[str, Any], message: str) -> None:
-    call = decode_call(heads=16)
+def test_dense_refuses(change: dict[str, Any], message: str) -> None:
+    call = dense_call(lengths=(3, 70), heads=4, spare=0)
     arguments = {
         "q": call.q,
-        "k_cache": call.cache.rows_view()[:, :, None],
-        "block_table": None,
-        "cache_seqlens": None,
+        "k_cache": call.cache.rows_view().view(torch.bfloat16)[:, :, None],
+        "block_table": call.block_table,
+        "cache_seqlens": call.cache_seqlens,
         "head_dim_v": 512,
         "tile_scheduler_metadata": flash_mla.get_mla_metadata()[0],
-        "is_fp8_kvcache": True,
-        "indices": call.indices,
     }
     flash_mla.flash_mla_with_kvcache(**arguments)
-    with pytest.raises(NotImplementedError, match=message):
+    with pytest.raises(ValueError, match=message):
         flash_mla.flash_mla_with_kvcache(**{**arguments, **change})
+
+
+def test_dense_over_fp8_rows() -> None:
+    call = dense_call("fp8_tensor", lengths=(3, 70), heads=4, scale=0.05)
+    out, lse = flash_mla.flash_mla_with_kvcache(
+        call.q, call.cache.rows_view()[:, :, None], call.block_table, call.cache_seqlens, 512,
+        flash_mla.get_mla_metadata()[0], softmax_scale=0.05, is_fp8_kvcache=True,
+        kv_format="fp8_tensor", kv_scale=call.cache.tensor_scale,
+    )  # fmt: skip
+    assert_exact_but_for_rounding(out, lse.transpose(1, 2), call.oracle())
+
+
+FP8_LAYOUTS = [name for name, layout in LAYOUTS.items() if layout.quantised]
+
+
+def shaped_as_flash_mla(cache: KVCache) -> torch.Tensor:
+    """Pages as FlashMLA's callers shape them: padded storage, cut, viewed as tokens."""
+    width = cache.layout.bytes_per_token
+    storage = torch.full((cache.num_pages, cache.layout.page_bytes(cache.page_size)), 0xFF)
+    storage = storage.to(torch.uint8)
+    size = cache.page_size * width
+    pages = storage[:, :size].view(cache.num_pages, cache.page_size, 1, width)
+    pages.view(cache.num_pages, size).copy_(cache.pages[:, :size])
+    return pages.view(torch.float8_e4m3fn)
+
+
+def ask(call: Call, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    options = dict(call.options)
+    scale = options.pop("scale", None)
+    extra = options.pop("extra_cache", None)
+    if extra is not None:
+        more["extra_k_cache"] = shaped_as_flash_mla(extra)
+        more["extra_kv_scale"] = extra.tensor_scale
+        more["extra_indices_in_kvcache"] = options.pop("extra_indices")
+    return flash_mla.flash_mla_with_kvcache(
+        call.q, shaped_as_flash_mla(call.cache), None, None, 512,
+        flash_mla.get_mla_metadata()[0], softmax_scale=scale, is_fp8_kvcache=True,
+        indices=call.indices, kv_scale=call.cache.tensor_scale, **options, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("page_size", [1, 53, 64])
+@pytest.mark.parametrize("layout", ["v32_fp8", "v4_fp8"])
+def test_flash_mla_tells_its_two_layouts_by_width(layout: str, page_size: int) -> None:
+    call = decode_call(
+        layout, b=3, s_q=2, heads=5, page_size=page_size, lengths=True, sink=True,
+        extra_layout=layout,
+    )  # fmt: skip
+    check_decode(call, ask(call))
+
+
+@pytest.mark.parametrize("layout", FP8_LAYOUTS)
+def test_layouts_by_name(layout: str) -> None:
+    if LAYOUTS[layout].extra_only:
+        main = "v41_fp8_planar" if LAYOUTS[layout].planar else "v41_fp8_inline"
+        call = decode_call(main, heads=3, extra_layout=layout)
+        check_decode(call, ask(call, kv_format=main, extra_kv_format=layout))
+        with pytest.raises(ValueError, match=f"layout {layout}, which models use for an extra"):
+            ask(Call(call.q, call.options["extra_cache"], call.indices), kv_format=layout)
+    else:
+        call = decode_call(layout, heads=3)
+        check_decode(call, ask(call, kv_format=layout))
+
+
+def test_rows_of_glm53_may_be_as_wide_as_v32() -> None:
+    call = decode_call("glm53_nope_fp8", heads=3)
+    wide = torch.full((call.cache.num_pages, call.cache.page_size, 1, 656), 0xFF, dtype=torch.uint8)
+    wide[..., :528] = call.cache.rows_view()[:, :, None]
+    answer = flash_mla.flash_mla_with_kvcache(
+        call.q, wide, None, None, 512, flash_mla.get_mla_metadata()[0], is_fp8_kvcache=True,
+        indices=call.indices, kv_format="glm53_nope_fp8",
+    )  # fmt: skip
+    check_decode(call, answer)
+
+
+@pytest.mark.parametrize(
+    ("width", "bytes_per_token", "message"),
+    [
+        (512, 528, "528: v41_fp8_planar, v41_fp8_inline, glm53_nope_fp8. Name one by kv_format"),
+        (512, 656, "656: v32_fp8, glm53_nope_fp8. Name one by kv_format"),
+        (576, 584, "v32_fp8 has 656; layouts with 584: v4_fp8."),
+        (576, 576, "layouts with 576: fp8_tensor."),
+        (512, 288, "layouts with 288: v41_fp4_planar, v41_fp4_inline."),
+        (576, 100, "layouts with 100: none."),
+        (640, 656, "q is 640 wide"),
+    ],
+)
+@pytest.mark.parametrize("name", ["k_cache", "extra_k_cache"])
+def test_a_width_without_a_name(name: str, width: int, bytes_per_token: int, message: str) -> None:
+    call = decode_call("v32_fp8" if width == 576 else "v4_fp8", heads=2)
+    caches = {"k_cache": shaped_as_flash_mla(call.cache)}
+    if name == "extra_k_cache" and width == 640:
+        return
+    caches[name] = torch.zeros(2, 4, 1, bytes_per_token, dtype=torch.uint8)
+    q = torch.zeros(2, 1, 2, width, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+        flash_mla.flash_mla_with_kvcache(
+            q, block_table=None, cache_seqlens=None, head_dim_v=512,
+            tile_scheduler_metadata=flash_mla.get_mla_metadata()[0], is_fp8_kvcache=True,
+            indices=call.indices, extra_indices_in_kvcache=call.indices, **caches,
+        )  # fmt: skip

@@ -96,21 +96,42 @@ def test_flash_mla_names_in_one_graph() -> None:
     equal(compiled(call.q, call.indices), step(call.q, call.indices))
 
 
-def decode_arguments(call: Call) -> tuple[Any, ...]:
-    cache, options = call.cache, call.options
+def shared_arguments(call: Call) -> tuple[Any, ...]:
+    options = call.options
     return (
-        call.q, cache.pages, cache.layout.name, cache.page_size, cache.token_stride, call.indices,
-        options.get("topk_length"), options.get("attn_sink"), 0.05, 0, False, "",
+        call.q, *parts(call.cache), call.indices,
+        options.get("topk_length"), options.get("attn_sink"), 0.05,
+    )  # fmt: skip
+
+
+def parts(cache: KVCache | None) -> tuple[Any, ...]:
+    if cache is None:
+        return None, "", 0, 0, None
+    layout, scale = cache.layout.name, cache.tensor_scale
+    return cache.pages, layout, cache.page_size, cache.token_stride, scale
+
+
+def decode_arguments(call: Call) -> tuple[Any, ...]:
+    options = call.options
+    extra = options.get("extra_indices"), options.get("extra_topk_length")
+    return (
+        *shared_arguments(call), 0, False, "", *parts(options.get("extra_cache")), *extra
     )  # fmt: skip
 
 
 def prefill_arguments(call: Call) -> tuple[Any, ...]:
-    return (*decode_arguments(call)[:9], "")
+    return (*shared_arguments(call), "")
 
 
 @pytest.mark.parametrize("options", [False, True])
 def test_opcheck_decode(options: bool) -> None:
     call = decode_call(heads=4, topk=40, s_q=2, lengths=options, sink=options)
+    torch.library.opcheck(torch.ops.sparse_mla.sparse_decode.default, decode_arguments(call))
+
+
+@pytest.mark.parametrize(("main", "extra"), [("v4_fp8", "v4_fp8"), ("fp8_tensor", "bf16")])
+def test_opcheck_decode_over_two_caches(main: str, extra: str) -> None:
+    call = decode_call(main, heads=4, topk=40, lengths=True, sink=True, extra_layout=extra)
     torch.library.opcheck(torch.ops.sparse_mla.sparse_decode.default, decode_arguments(call))
 
 
@@ -126,11 +147,13 @@ def test_fakes_promise_what_the_ops_do(strided: bool) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     call = decode_call(b=3, heads=4, topk=40, s_q=2)
+    two = decode_call("v4_fp8", b=3, heads=4, topk=40, s_q=2, extra_layout="v4_fp8")
     if strided:
         call.q = call.q.transpose(0, 1).contiguous().transpose(0, 1)
     flat = prefill_call(heads=4, topk=40)
     for op, arguments in (
         (torch.ops.sparse_mla.sparse_decode, decode_arguments(call)),
+        (torch.ops.sparse_mla.sparse_decode, decode_arguments(two)),
         (torch.ops.sparse_mla.sparse_prefill, prefill_arguments(flat)),
     ):
         real = op(*arguments)

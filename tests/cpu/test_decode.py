@@ -17,7 +17,9 @@ from drawn import (
     generator,
     poison_unselected,
 )
-from hostile import DECODE_CALLS, LAYOUTS
+from hostile import ALL_LAYOUTS as LAYOUTS
+from hostile import DECODE_CALLS
+from hostile import LAYOUTS as KERNEL_LAYOUTS
 from sparse_mla import KVCache, decode
 
 
@@ -89,7 +91,8 @@ def test_misaligned_pool(layout: str, offset: int) -> None:
     pool = torch.full((offset + pages * stride,), 0xFF, dtype=torch.uint8)
     view = pool.as_strided((pages, size), (stride, 1), offset)
     view.copy_(call.cache.pages)
-    cache = KVCache.from_tensor(view, layout, page_size=call.cache.page_size)
+    size, scale = call.cache.page_size, call.cache.tensor_scale
+    cache = KVCache.from_tensor(view, layout, page_size=size, tensor_scale=scale)
     check(Call(call.q, cache, call.indices))
 
 
@@ -144,10 +147,17 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("heads", "threads"),
-    [(heads, 1) for heads in (1, 2, 3, 5, 8, 16, 33, 128)] + [(1, 2), (16, 2), (64, 2)],
+    ("layout", "heads", "threads"),
+    [
+        *(
+            (layout, heads, 1)
+            for layout in KERNEL_LAYOUTS
+            for heads in (1, 2, 3, 5, 8, 16, 33, 128)
+        ),
+        *((layout, heads, 2) for layout in KERNEL_LAYOUTS for heads in (1, 16, 64)),
+        *((layout, 5, 1) for layout in LAYOUTS if layout not in KERNEL_LAYOUTS),
+    ],
     indirect=["threads"],
 )
 def test_batch_invariant(layout: str, heads: int, threads: int) -> None:
@@ -186,10 +196,17 @@ def write_bad(cache: KVCache, slot: int, where: str) -> None:
         "rope NaN": (560, [0xC0, 0x7F]),
         "bf16 NaN": (560, [0xC0, 0x7F]),
         "bf16 Inf": (562, [0x80, 0x7F]),
+        "ue8m0 0xff in row": (515, [0xFF]),
+        "ue8m0 0xff in footer": (3, [0xFF]),
+        "e4m3 scale in row": (270, [0xFF]),
+        "outer NaN": (292, [0x00, 0x00, 0xC0, 0x7F]),
+        "outer Inf": (292, [0x00, 0x00, 0x80, 0x7F]),
+        "rope NaN, v4": (470, [0xC0, 0x7F]),
+        "rope NaN, nvfp4": (300, [0xC0, 0x7F]),
     }
     offset, value = at[where]
     page, token = divmod(slot, cache.page_size)
-    row = cache.rows_view()[page, token]
+    row = (cache.footers_view() if "footer" in where else cache.rows_view())[page, token]
     row[offset : offset + len(value)] = torch.tensor(value, dtype=torch.uint8)
 
 
@@ -204,6 +221,19 @@ def write_bad(cache: KVCache, slot: int, where: str) -> None:
         ("bf16", "bf16 NaN"),
         ("bf16", "bf16 Inf"),
         ("bf16_nope", "bf16 NaN"),
+        ("v4_fp8", "e4m3 0xff"),
+        ("v4_fp8", "ue8m0 0xff in footer"),
+        ("v4_fp8", "rope NaN, v4"),
+        ("v41_fp8_planar", "e4m3 0x7f"),
+        ("v41_fp8_planar", "ue8m0 0xff in footer"),
+        ("v41_fp8_inline", "ue8m0 0xff in row"),
+        ("glm53_nope_fp8", "scale Inf"),
+        ("glm53_nope_nvfp4", "e4m3 scale in row"),
+        ("glm53_nope_nvfp4", "outer NaN"),
+        ("glm53_nope_nvfp4", "outer Inf"),
+        ("nvfp4_bf16_rope", "e4m3 scale in row"),
+        ("nvfp4_bf16_rope", "rope NaN, nvfp4"),
+        ("fp8_tensor", "e4m3 0x7f"),
     ],
 )
 @pytest.mark.parametrize("selected", [True, False])

@@ -13,7 +13,8 @@ from drawn import decode_call, prefill_call
 from sparse_mla import arch, dispatch
 from sparse_mla.arch import Arch
 from sparse_mla.dispatch import Request
-from sparse_mla.kv_layout import get_layout
+from sparse_mla.kv_layout import LAYOUTS, KVLayout, get_layout
+from sparse_mla.ops.sparse_decode.config import launch_for
 
 # The Hopper kernels run with Triton 3.6, the portable ones with anything newer too.
 H200 = Arch("cuda", "NVIDIA H200", (9, 0), 132, "3.6.0", False)
@@ -33,6 +34,10 @@ def chosen(request: Request, machine: Arch) -> list[str]:
     return [a.backend for a in dispatch.explain(request, machine) if a.chosen]
 
 
+# The ops with a kernel of their own for Hopper.
+ATTENTION = ("decode", "prefill")
+
+
 def answer(backend: str, request: Request, machine: Arch) -> tuple[bool, str]:
     return next(
         (a.ok, a.reason) for a in dispatch.explain(request, machine) if a.backend == backend
@@ -43,8 +48,11 @@ def answer(backend: str, request: Request, machine: Arch) -> tuple[bool, str]:
 @pytest.mark.parametrize("layout", ["v32_fp8", "bf16", "bf16_nope"])
 @pytest.mark.parametrize("name", MACHINES)
 def test_every_claimed_gpu_has_a_kernel(name: str, layout: str, op: str) -> None:
+    if op == "dense_decode" and layout == "v32_fp8":
+        layout = "bf16"
     request = replace(REQUEST, op=op, layout=layout)
-    assert chosen(request, MACHINES[name]) == ["sm90" if name == "sm_90" else "triton"]
+    best = "sm90" if name == "sm_90" and op in ATTENTION else "triton"
+    assert chosen(request, MACHINES[name]) == [best]
     assert answer("triton", request, MACHINES[name])[0]
     ok, reason = answer("cpu", request, MACHINES[name])
     assert not ok and "cuda" in reason
@@ -52,7 +60,7 @@ def test_every_claimed_gpu_has_a_kernel(name: str, layout: str, op: str) -> None
 
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_cpu(op: str) -> None:
-    request = replace(REQUEST, op=op)
+    request = replace(REQUEST, op=op, layout="bf16")
     assert chosen(request, CPU) == ["cpu"]
     ok, reason = answer("triton", request, CPU)
     assert not ok and "needs a GPU" in reason
@@ -66,14 +74,14 @@ def test_cpu(op: str) -> None:
     [
         (REQUEST, replace(H200, triton="3.9.0"), "triton is 3.9.0"),
         (replace(REQUEST, alignment=4), H200, "aligned to 4 bytes"),
-        (replace(REQUEST, layout="v4_fp8"), H200, "no kernel for layout v4_fp8"),
+        (replace(REQUEST, layout="v41_fp8_planar"), H200, "no kernel for layout v41_fp8_planar"),
         (REQUEST, MACHINES["sm_100"], "Hopper"),
         (REQUEST, replace(H200, hip=True), "Hopper"),
         (REQUEST, replace(H200, triton=None), "triton is not installed"),
         (REQUEST, CPU, "Hopper"),
     ],
 )
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", ATTENTION)
 def test_reasons_of_sm90(op: str, request_: Request, machine: Arch, reason: str) -> None:
     asked = replace(request_, op=op)
     ok, said = answer("sm90", asked, machine)
@@ -81,6 +89,15 @@ def test_reasons_of_sm90(op: str, request_: Request, machine: Arch, reason: str)
     assert "sm90" not in chosen(asked, machine)
     with pytest.raises(NotImplementedError, match=re.escape(said)):
         dispatch.choose(asked, machine, "sm90")
+
+
+def test_extra_caches_on_sm90() -> None:
+    v4 = replace(REQUEST, layout="v4_fp8")
+    assert chosen(v4, H200) == ["sm90"]
+    assert chosen(replace(v4, extra_layout="v4_fp8"), H200) == ["sm90"]
+    for layout, extra in (("v4_fp8", "v32_fp8"), ("v32_fp8", "v32_fp8"), ("bf16", "v4_fp8")):
+        ok, said = answer("sm90", replace(REQUEST, layout=layout, extra_layout=extra), H200)
+        assert not ok and layout in said and extra in said
 
 
 @pytest.mark.parametrize(
@@ -117,16 +134,78 @@ def test_reasons(machine: Arch, reason: str) -> None:
     assert said in str(caught.value)
 
 
+def test_the_cache_writer_falls_back_to_torch() -> None:
+    request = replace(REQUEST, op="kv_write", alignment=2)
+    ok, said = answer("triton", request, H200)
+    assert not ok and said == "the cache is aligned to 2 bytes, needs 4"
+    for machine in (H200, replace(H200, hip=True), replace(H200, triton=None)):
+        assert chosen(request, machine) == ["torch"]
+
+
 @pytest.mark.parametrize("version", ["3.6.0", "3.9.0", "3.10.0", "4.0", "3.7.1+git1a2b3c"])
 def test_new_enough_triton(version: str) -> None:
     assert answer("triton", REQUEST, replace(H200, triton=version))[0]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("machine", [H200, CPU])
-def test_a_layout_without_a_kernel(backend: str, machine: Arch) -> None:
-    ok, reason = answer(backend, replace(REQUEST, layout="v4_fp8"), machine)
-    assert not ok and reason
+def test_a_layout_without_a_kernel(machine: Arch) -> None:
+    for backend in ("cpu", "sm90", "triton"):
+        ok, reason = answer(backend, replace(REQUEST, layout="v5_fp8"), machine)
+        assert not ok and reason
+    assert answer("cpu", replace(REQUEST, layout="v5_fp8"), CPU)[1] == "has no code for v5_fp8"
+    beside = replace(REQUEST, extra_layout="v5_fp8")
+    assert answer("cpu", beside, CPU) == (False, "has no code for v5_fp8")
+
+
+def test_a_layout_of_extra_caches_only_stands_beside_another() -> None:
+    for name, layout in LAYOUTS.items():
+        assert answer("cpu", replace(REQUEST, layout=name), CPU)[0] != layout.extra_only
+        assert answer("cpu", replace(REQUEST, extra_layout=name), CPU)[0]
+
+
+def test_launches_by_machine_and_rows() -> None:
+    v32, v4, nvfp4, bf16 = (
+        LAYOUTS[name] for name in ("v32_fp8", "v4_fp8", "nvfp4_bf16_rope", "bf16")
+    )
+    ampere, small = MACHINES["sm_80"], MACHINES["sm_86"]
+    assert launch_for(H200, 64, [v32]).tokens_first
+    assert not launch_for(H200, 64, [v32, bf16]).tokens_first
+    assert launch_for(H200, 64, [v4, v4]) == launch_for(H200, 128, [nvfp4])
+    assert launch_for(H200, 64, [v4, v4]).block_h == 64
+    # Two programs over the output take tiles in two orders, and v4's last tile is of two kinds.
+    assert launch_for(ampere, 64, [v32]).value_blocks == 2
+    assert launch_for(ampere, 64, [nvfp4, v32]).value_blocks == 2
+    assert launch_for(ampere, 64, [v4, v32]).value_blocks == 1
+    assert launch_for(small, 64, [v32]).value_blocks == 1
+    for machine in MACHINES.values():
+        for heads in (1, 16, 17, 33, 64, 128):
+            for rows in ([v32], [v4], [v4, v4], [bf16, nvfp4]):
+                assert launch_for(machine, heads, rows).block_h <= max(16, 2 * heads)
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 7, 53, 61, 64, 255, 257, 4096, 2**30, 2**31 - 1])
+def test_pages_by_multiplication(page_size: int) -> None:
+    pytest.importorskip("triton")
+    from sparse_mla.ops.sparse_decode.triton import division
+
+    magic, shift = division(page_size)
+    edges = [n * page_size + d for n in (0, 1, 2, (2**31 - 1) // page_size) for d in (-1, 0, 1)]
+    slots = [*edges, 2**31 - 1, 2**31 - 2, *range(0, 2**31, 2**31 // 997)]
+    for slot in slots:
+        if 0 <= slot < 2**31:
+            assert slot * magic >> shift == slot // page_size
+            assert slot * magic < 2**63
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
+def test_triton_reads_every_layout(layout: KVLayout) -> None:
+    """Alone, and every one beside it; the extra cache's own layouts only there."""
+    alone = replace(REQUEST, layout=layout.name)
+    for asked in (alone, *(replace(alone, extra_layout=name) for name in LAYOUTS)):
+        ok, reason = answer("triton", asked, H200)
+        assert ok != layout.extra_only and reason
+    beside = replace(alone, extra_layout="v5_fp8")
+    assert answer("triton", beside, H200) == (False, "has no code for v5_fp8")
 
 
 def test_a_backend_asked_for_by_name_runs_or_raises() -> None:
@@ -146,7 +225,7 @@ def test_a_backend_asked_for_by_name_runs_or_raises() -> None:
 def test_unknown_names() -> None:
     with pytest.raises(ValueError, match="backend is 'sm90x', decode has: cpu, sm90, triton"):
         dispatch.choose(REQUEST, H200, "sm90x")
-    with pytest.raises(ValueError, match="op is 'dense', allowed: decode, prefill"):
+    with pytest.raises(ValueError, match="op is 'dense', allowed: decode, prefill, dense_decode"):
         dispatch.explain(replace(REQUEST, op="dense"), H200)
     with pytest.raises(ValueError, match="device is xpu, allowed: cpu, cuda"):
         arch.of("xpu")

@@ -34,6 +34,7 @@ from sparse_mla.accuracy.faults_reading import DuplicatesDropped
 from sparse_mla.accuracy.faults_whole import LseBase2
 from sparse_mla.accuracy.gate import FAILED, NOT_RUN, PASSED
 from sparse_mla.accuracy.metrics import same_bits
+from sparse_mla.accuracy.writes import storage_bytes
 from sparse_mla.kv_cache import KVCache
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,7 +129,9 @@ def test_random_cases_can_raise_an_alarm() -> None:
         "nan_spreads", "empty_split_lse_zero", "first_query_indices", "first_query_mask",
         "heads_beyond_tail", "heads_leak", "head_padding_nan",
         "sink_in_lse", "sink_base2", "sink_ignored", "page_size_64", "packed_page_stride",
-        "last_block_unmasked", "last_block_next_row",
+        "last_block_unmasked", "last_block_next_row", "nibbles_swapped", "planar_as_inline",
+        "scale_table_off_by_pad", "page_padding_ignored", "outer_scale_forgotten", "ue8m0_bias",
+        "extra_cache_ignored", "extra_indices_in_main", "extra_length_on_main",
     ],
 )  # fmt: skip
 def test_plain_input_does_not_show_it(name: str) -> None:
@@ -167,6 +170,28 @@ def test_clean_model_is_the_oracle(op: str, chunk: int, splits: int) -> None:
     torch.testing.assert_close(got.max_logits.view(wanted.lse.shape), wanted.max_logits)
 
 
+@pytest.mark.parametrize("name", [case.name for case in CASES if "/layout/" in case.name])
+def test_clean_model_reads_every_layout(name: str) -> None:
+    for inputs in BY_NAME[name].build(5, CPU):
+        if isinstance(inputs, Inputs):
+            same_as_the_oracle(inputs)
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES if "/extra/" in case.name])
+def test_clean_model_attends_to_two_caches(name: str) -> None:
+    for inputs in BY_NAME[name].build(5, CPU):
+        assert isinstance(inputs, Inputs)
+        same_as_the_oracle(inputs)
+
+
+def same_as_the_oracle(inputs: Inputs) -> None:
+    wanted = budgets.answer(inputs)
+    kernel = CleanKernel(replace(EXACT, chunk=32, splits=2))
+    got = kernel.run(inputs, kernel.new_state())
+    torch.testing.assert_close(got.out.view(wanted.out.shape), wanted.out, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(got.lse.view(wanted.lse.shape), wanted.lse, rtol=1e-12, atol=0)
+
+
 def test_clean_writer_is_the_cache_writer() -> None:
     for case in CASES:
         if case.op == "kv_write" and "offsets" not in case.name:
@@ -175,7 +200,8 @@ def test_clean_writer_is_the_cache_writer() -> None:
                 CleanKernel().write(mine)
                 theirs.cache.append(theirs.latent, theirs.rope, theirs.slots,
                                     scale_rounding=theirs.scale_rounding)  # fmt: skip
-                assert torch.equal(mine.cache.pages, theirs.cache.pages), case.name
+                mine_all, theirs_all = storage_bytes(mine.cache), storage_bytes(theirs.cache)
+                assert torch.equal(mine_all, theirs_all), case.name
 
 
 @pytest.mark.parametrize("fault", ATTENTION, ids=lambda fault: fault.name)
@@ -192,6 +218,12 @@ def test_applies_is_true_wherever_the_answer_changes(fault: Fault) -> None:
         "decode/heads/64",
         "decode/page_size/1",
         "decode/sink/finite",
+        "decode/layout/v4_fp8",
+        "decode/layout/v41_fp8_inline",
+        "decode/layout/glm53_nope_nvfp4",
+        "decode/layout/fp8_tensor",
+        "decode/extra/v32_fp8+nvfp4_bf16_rope",
+        "decode/extra/v4_fp8+v4_fp8/lengths",
     )
     clean = CleanKernel(UNROUNDED)
     for name in names:
@@ -246,6 +278,15 @@ TOLD_APART = {
     "p_fp8": "decode/gaussian",
     "logits_bf16": "decode/gaussian",
     "sink_base2": "decode/sink/finite",
+    "nibbles_swapped": "decode/layout/glm53_nope_nvfp4",
+    "planar_as_inline": "decode/layout/v41_fp8_planar",
+    "scale_table_off_by_pad": "decode/layout/v4_fp8/full",
+    "page_padding_ignored": "decode/layout/v4_fp8/full",
+    "outer_scale_forgotten": "decode/layout/nvfp4_bf16_rope",
+    "ue8m0_bias": "decode/layout/v41_fp8_inline",
+    "extra_cache_ignored": "decode/extra/v4_fp8+v4_fp8",
+    "extra_indices_in_main": "decode/extra/v41_fp8_planar+v41_fp4_planar/full",
+    "extra_length_on_main": "decode/extra/v41_fp8_inline+v41_fp4_inline/lengths",
 }
 
 

@@ -125,7 +125,14 @@ def test_the_four_words_are_in_every_output(home: Path, tmp_path: Path) -> None:
     assert "not offered" in result.stdout and "not offered" in page.read_text()
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.quick], ids=lambda c: c.name)
+ISOLATED_CASES = [
+    *(case for case in CASES if case.quick),
+    BY_NAME["decode/layout/fp8_tensor"],
+    BY_NAME["decode/extra/v32_fp8+nvfp4_bf16_rope/hostile"],
+]
+
+
+@pytest.mark.parametrize("case", ISOLATED_CASES, ids=lambda c: c.name)
 def test_our_backend_answers_the_same_from_another_process(
     case: object, isolated_cpu: IsolatedProvider
 ) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_kv_layout import planar_layout
 
-from drawn import generator
+from drawn import generator, scale_of
 from sparse_mla import KVCache
 from sparse_mla.kv_layout import LAYOUTS, KVLayout
 
@@ -22,15 +22,21 @@ def tokens(
     return torch.randn(n, layout.latent.count, generator=made), rope
 
 
+def packed(
+    layout: KVLayout, latent: torch.Tensor, rope: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return layout.pack(latent, rope, tensor_scale=scale_of(layout))
+
+
 def unpacked(layout: KVLayout, latent: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
-    return layout.unpack(*layout.pack(latent, rope))
+    return layout.unpack(*packed(layout, latent, rope), tensor_scale=scale_of(layout))
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 @pytest.mark.parametrize("layout", [*LAYOUTS, "planar"])
 def test_append_then_read(layout: str, page_size: int) -> None:
     kind = planar_layout() if layout == "planar" else LAYOUTS[layout]
-    cache = KVCache.empty(3, page_size, kind)
+    cache = KVCache.empty(3, page_size, kind, tensor_scale=scale_of(kind))
     assert cache.num_pages == 3 and cache.num_slots == 3 * page_size
     latent, rope = tokens(cache.num_slots, kind)
     order = torch.randperm(cache.num_slots, generator=generator(1))
@@ -41,11 +47,12 @@ def test_append_then_read(layout: str, page_size: int) -> None:
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
-@pytest.mark.parametrize("layout", ["v32_fp8", "planar"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "planar"])
 def test_append_touches_its_slots_and_nothing_else(layout: str, page_size: int) -> None:
     kind = planar_layout() if layout == "planar" else LAYOUTS[layout]
     stride = -(-kind.page_bytes(page_size) // 16) * 16 + 48
-    cache = KVCache.empty(4, page_size, kind, page_stride=stride)
+    scale = scale_of(kind)
+    cache = KVCache.empty(4, page_size, kind, page_stride=stride, tensor_scale=scale)
     pool = cache.pages.as_strided((4, stride), (stride, 1))
     pool.copy_(torch.randint(0, 256, pool.shape, generator=generator(2)))
     before = pool.clone()
@@ -56,7 +63,7 @@ def test_append_touches_its_slots_and_nothing_else(layout: str, page_size: int) 
     cache.append(latent, rope, slots)
 
     # The same writes with byte offsets worked out by hand.
-    rows, footers = kind.pack(latent, rope)
+    rows, footers = packed(kind, latent, rope)
     for i, slot in enumerate(slots.tolist()):
         if slot < 0:
             continue
@@ -202,6 +209,80 @@ def test_a_planar_tensor_must_be_packed() -> None:
     padded = torch.zeros(2, 4, 700, dtype=torch.uint8)[..., :664]
     with pytest.raises(ValueError, match=r"token stride 700.*needs packed pages"):
         KVCache.from_tensor(padded, kind)
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 53, 64, 256])
+@pytest.mark.parametrize("layout", ["v4_fp8", "v41_fp8_planar", "v41_fp4_planar"])
+def test_planar_pages_as_engines_hold_them(layout: str, page_size: int) -> None:
+    """FlashMLA's tests/quant.py: padded pages, cut, viewed as tokens. Scales lie after all rows."""
+    kind = LAYOUTS[layout]
+    width = kind.bytes_per_token
+    padded = -(-page_size * width // kind.page_multiple) * kind.page_multiple
+    assert kind.page_bytes(page_size) == padded and padded % kind.page_multiple == 0
+    storage = torch.full((3, padded), 0xFF, dtype=torch.uint8)
+    shaped = storage[:, : page_size * width].view(3, page_size, 1, width)
+    cache = KVCache.from_tensor(shaped.view(torch.float8_e4m3fn), layout)
+    assert cache.pages.stride(0) == padded and cache.token_stride == kind.row_bytes
+    latent, rope = tokens(3 * page_size, kind)
+    slots = torch.arange(3 * page_size)
+    cache.append(latent, rope, slots)
+    rows, footers = packed(kind, latent, rope)
+    for slot in (0, page_size - 1, page_size, 3 * page_size - 1):
+        page, offset = divmod(slot, page_size)
+        at = offset * kind.row_bytes
+        assert torch.equal(storage[page, at : at + kind.row_bytes], rows[slot])
+        at = page_size * kind.row_bytes + offset * kind.footer_bytes
+        assert torch.equal(storage[page, at : at + kind.footer_bytes], footers[slot])
+    assert (storage[:, page_size * width :] == 0xFF).all(), "the padding was written"
+    assert torch.equal(cache.read(slots), unpacked(kind, latent, rope))
+    flat = KVCache.from_tensor(storage, layout, page_size)
+    assert torch.equal(flat.read(slots), cache.read(slots))
+    same = cache.tensor()
+    assert same.shape == shaped.shape and same.stride(0) == padded
+    assert torch.equal(same, shaped)
+
+
+def test_rows_wider_than_the_layout() -> None:
+    """GLM-5.3's 528 bytes in rows of 656: the tail is neither read nor written."""
+    kind = LAYOUTS["glm53_nope_fp8"]
+    wide = torch.full((3, 8, 1, 656), 0xFF, dtype=torch.uint8)
+    cache = KVCache.from_tensor(wide, "glm53_nope_fp8")
+    assert cache.token_stride == 656 and cache.pages.stride(0) == 8 * 656
+    latent, _ = tokens(24, kind)
+    cache.append(latent, None, torch.arange(24))
+    assert torch.equal(cache.read(torch.arange(24)), unpacked(kind, latent, None))
+    assert (wide[..., 528:] == 0xFF).all()
+    one = KVCache.from_tensor(wide[:, :1], "glm53_nope_fp8")
+    assert torch.equal(one.read(torch.arange(3)), cache.read(torch.tensor([0, 8, 16])))
+    with pytest.raises(ValueError, match="656 bytes per token, layout v41_fp8_inline has 528"):
+        KVCache.from_tensor(wide, "v41_fp8_inline")
+    with pytest.raises(ValueError, match=r"500 bytes per token.* has 528 or 656"):
+        KVCache.from_tensor(wide[..., :500], "glm53_nope_fp8")
+
+
+def test_a_planar_token_stride_is_the_row() -> None:
+    pages = torch.zeros(2, 4096, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="token_stride is 584, the planar layout v4_fp8 needs 576"):
+        KVCache(pages, 4, LAYOUTS["v4_fp8"], 584)
+
+
+def test_the_scale_of_a_tensor_is_read_when_it_is_needed() -> None:
+    scale = torch.tensor([0.5])
+    cache = KVCache.empty(1, 4, "fp8_tensor", tensor_scale=scale)
+    latent = torch.randn(4, 576, generator=generator(12))
+    cache.append(latent, None, torch.arange(4))
+    once = cache.read(torch.arange(4))
+    scale.fill_(1.0)
+    assert torch.equal(cache.read(torch.arange(4)), 2 * once)
+    for make in (
+        lambda: KVCache.empty(1, 4, "fp8_tensor"),
+        lambda: KVCache.from_tensor(cache.tensor(), "fp8_tensor"),
+        lambda: KVCache(cache.pages, 4, cache.layout, 576, torch.ones(2)),
+    ):
+        with pytest.raises(ValueError, match=r"layout fp8_tensor needs a tensor \[1\]"):
+            make()
+    with pytest.raises(ValueError, match="tensor_scale is given, layout bf16 has none"):
+        KVCache.empty(1, 4, "bf16", tensor_scale=scale)
 
 
 @pytest.mark.parametrize("slot", [3000, 3_273_603, 6_547_206, 6_553_599])

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
+import struct
+from typing import Any
 
 import pytest
 import torch
 
 from drawn import generator
-from sparse_mla.kv_layout import (
-    E4M3_MAX,
-    LAYOUTS,
-    Field,
-    KVLayout,
-    get_layout,
-    quantise_e4m3,
-)
+from sparse_mla.kv_layout import LAYOUTS, Field, KVLayout, get_layout
+from sparse_mla.kv_quantise import E4M3_MAX, quantise_e4m3
 
 V32 = LAYOUTS["v32_fp8"]
 
@@ -161,8 +157,20 @@ def test_sizes_are_those_of_the_format_table() -> None:
         "v32_fp8": (656, 576, 512),
         "bf16": (1152, 576, 512),
         "bf16_nope": (1024, 512, 512),
+        "v4_fp8": (584, 512, 512),
+        "v41_fp8_planar": (528, 512, 512),
+        "v41_fp8_inline": (528, 512, 512),
+        "v41_fp4_planar": (288, 512, 512),
+        "v41_fp4_inline": (288, 512, 512),
+        "glm53_nope_fp8": (528, 512, 512),
+        "glm53_nope_nvfp4": (304, 512, 512),
+        "nvfp4_bf16_rope": (416, 576, 512),
+        "fp8_tensor": (576, 576, 512),
     }
-    assert not any(layout.planar for layout in LAYOUTS.values())
+    planar = {"v4_fp8": 576, "v41_fp8_planar": 512, "v41_fp4_planar": 512}
+    assert {n: la.page_multiple for n, la in LAYOUTS.items() if la.planar} == planar
+    assert {n for n, la in LAYOUTS.items() if la.extra_only} == {"v41_fp4_planar", "v41_fp4_inline"}
+    assert {n for n, la in LAYOUTS.items() if la.tensor_scale} == {"nvfp4_bf16_rope", "fp8_tensor"}
 
 
 def planar_layout(page_multiple: int = 640) -> KVLayout:
@@ -202,3 +210,148 @@ def test_names() -> None:
         quantise_e4m3(torch.zeros(1, 128), 128, "down")
     with pytest.raises(ValueError, match="rope is None, layout v32_fp8 stores 64"):
         V32.pack(torch.zeros(1, 512), None)
+
+
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+
+# The format's numbers once more, by hand: bytes of row and footer; then for values, scales, RoPE
+# and outer scale (offset, count, kind), scales counting from the footer where there is one.
+BY_HAND: dict[str, dict[str, Any]] = {
+    "v32_fp8": {
+        "size": (656, 0), "values": (0, 512, "e4m3"), "scales": (512, 4, "fp32"), "rope": 528,
+    },
+    "v4_fp8": {
+        "size": (576, 8), "values": (0, 448, "e4m3"), "scales": (0, 7, "ue8m0"), "rope": 448,
+    },
+    "v41_fp8_planar": {"size": (512, 16), "values": (0, 512, "e4m3"), "scales": (0, 16, "ue8m0")},
+    "v41_fp8_inline": {"size": (528, 0), "values": (0, 512, "e4m3"), "scales": (512, 16, "ue8m0")},
+    "v41_fp4_planar": {"size": (256, 32), "values": (0, 512, "e2m1"), "scales": (0, 32, "e4m3")},
+    "v41_fp4_inline": {"size": (288, 0), "values": (0, 512, "e2m1"), "scales": (256, 32, "e4m3")},
+    "glm53_nope_fp8": {"size": (528, 0), "values": (0, 512, "e4m3"), "scales": (512, 4, "fp32")},
+    "glm53_nope_nvfp4": {
+        "size": (304, 0), "values": (0, 512, "e2m1"), "scales": (256, 32, "e4m3"), "outer": 292,
+    },
+    "nvfp4_bf16_rope": {
+        "size": (416, 0), "values": (0, 512, "e2m1"), "scales": (256, 32, "e4m3"), "rope": 288,
+    },
+    "fp8_tensor": {"size": (576, 0), "values": (0, 576, "e4m3")},
+}  # fmt: skip
+
+
+def number(raw: bytes, at: int, index: int, kind: str) -> float:
+    if kind == "e2m1":
+        byte = raw[at + index // 2]
+        return E2M1[byte >> 4 if index % 2 else byte & 15]
+    if kind == "e4m3":
+        return e4m3_value(raw[at + index])
+    if kind == "ue8m0":
+        byte = raw[at + index]
+        return math.nan if byte == 255 else 2.0 ** (byte - 127)
+    if kind == "bf16":
+        low, high = raw[at + 2 * index : at + 2 * index + 2]
+        return float(struct.unpack("<f", bytes([0, 0, low, high]))[0])
+    return float(struct.unpack_from("<f", raw, at + 4 * index)[0])
+
+
+def by_hand(name: str, row: bytes, footer: bytes, tensor_scale: float) -> list[float]:
+    """A token's numbers, byte by byte in Python's floats; their products are exact."""
+    what = BY_HAND[name]
+    at, count, kind = what["values"]
+    factor = tensor_scale * (number(row, what["outer"], 0, "fp32") if "outer" in what else 1.0)
+    values = []
+    for i in range(count):
+        scale = 1.0
+        if "scales" in what:
+            scales_at, scales, scale_kind = what["scales"]
+            table = footer if footer else row
+            scale = number(table, scales_at, i // (count // scales), scale_kind)
+        values.append(number(row, at, i, kind) * scale * factor)
+    if "rope" in what:
+        values += [number(row, what["rope"], i, "bf16") for i in range(64)]
+    return values
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_random_bytes_mean_what_the_format_says(name: str) -> None:
+    """All bytes random: every code, NaN and Inf among them, pad bytes too."""
+    layout = LAYOUTS[name]
+    n, (size, extra) = 6, BY_HAND[name]["size"]
+    assert (layout.row_bytes, layout.footer_bytes) == (size, extra)
+    made = generator(21)
+    rows = torch.randint(0, 256, (n, size), generator=made).to(torch.uint8)
+    footers = torch.randint(0, 256, (n, extra), generator=made).to(torch.uint8)
+    scale = torch.tensor([0.7]) if layout.tensor_scale else None
+    got = layout.unpack(rows, footers, tensor_scale=scale)
+    factor = 1.0 if scale is None else scale.item()
+    want = [
+        by_hand(name, bytes(row.tolist()), bytes(footer.tolist()), factor)
+        for row, footer in zip(rows, footers, strict=True)
+    ]
+    same = torch.tensor(want, dtype=torch.float64)
+    assert got.dtype == torch.float64 and got.shape == (n, layout.d_qk)
+    assert torch.equal(got.isnan(), same.isnan())
+    assert torch.equal(got.nan_to_num(0.0), same.nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_round_trip_of_what_unpacks_exactly(name: str) -> None:
+    """What was unpacked once is packed and unpacked to the same numbers again, nearly always.
+
+    Its tiles' largest values need not be the format's largest, so scales may change: the numbers
+    then are rounded once more, by the format's own half step at most.
+    """
+    layout = LAYOUTS[name]
+    made = generator(22)
+    latent = torch.randn(50, layout.latent.count, generator=made)
+    rope = torch.randn(50, 64, generator=made).to(torch.bfloat16) if layout.rope else None
+    scale = torch.tensor([0.02]) if layout.tensor_scale else None
+    once = layout.unpack(*layout.pack(latent, rope, tensor_scale=scale), tensor_scale=scale)
+    width = layout.latent.count
+    again = layout.unpack(
+        *layout.pack(once[:, :width], rope, tensor_scale=scale), tensor_scale=scale
+    )
+    if layout.latent.dtype == "e4m3":
+        assert torch.allclose(again, once, rtol=1e-6)
+    moved = (again - once).norm() / once.norm()
+    quantised = (once[:, :width] - latent).norm() / latent.norm()
+    assert moved <= quantised
+    if rope is not None:
+        assert torch.equal(once[:, width:], rope.double())
+
+
+def test_pad_bytes_are_zero_and_never_read() -> None:
+    v4, nvfp4 = LAYOUTS["v4_fp8"], LAYOUTS["glm53_nope_nvfp4"]
+    made = generator(23)
+    rows, footers = v4.pack(torch.randn(5, 448, generator=made), torch.zeros(5, 64))
+    assert (footers[:, 7] == 0).all()
+    before = v4.unpack(rows, footers)
+    footers[:, 7] = 0xFF
+    assert torch.equal(v4.unpack(rows, footers), before)
+    rows, none = nvfp4.pack(torch.randn(5, 512, generator=made), None)
+    assert (rows[:, 288:292] == 0).all() and (rows[:, 296:] == 0).all()
+    before = nvfp4.unpack(rows, none)
+    rows[:, 288:292] = rows[:, 296:] = 0xFF
+    assert torch.equal(nvfp4.unpack(rows, none), before)
+
+
+@pytest.mark.parametrize(
+    ("layout", "scale", "message"),
+    [
+        ("v32_fp8", torch.ones(1), "tensor_scale is given, layout v32_fp8 has none"),
+        ("fp8_tensor", None, r"tensor_scale is NoneType, layout fp8_tensor needs a tensor \[1\]"),
+        ("fp8_tensor", 0.5, "tensor_scale is float"),
+        ("fp8_tensor", torch.tensor(0.5), r"tensor_scale is \(\) of torch.float32"),
+        ("nvfp4_bf16_rope", torch.ones(2), r"tensor_scale is \(2,\)"),
+        ("nvfp4_bf16_rope", torch.ones(1).double(), "of torch.float64 on cpu"),
+        ("nvfp4_bf16_rope", torch.ones(1, device="meta"), "on meta"),
+    ],
+)
+def test_tensor_scales(layout: str, scale: Any, message: str) -> None:
+    kind = LAYOUTS[layout]
+    latent = torch.zeros(1, kind.latent.count)
+    rope = torch.zeros(1, 64) if kind.rope else None
+    with pytest.raises(ValueError, match=message):
+        kind.pack(latent, rope, tensor_scale=scale)
+    rows = torch.zeros(1, kind.row_bytes, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=message):
+        kind.unpack(rows, rows[:, :0], tensor_scale=scale)

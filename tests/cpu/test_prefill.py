@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from drawn import Call, assert_exact_but_for_rounding, generator, prefill_call
-from hostile import LAYOUTS, PREFILL_CALLS
+from hostile import ALL_LAYOUTS as LAYOUTS
+from hostile import PREFILL_CALLS
 from sparse_mla import KVCache, prefill
 from sparse_mla.ops.sparse_prefill.interface import rows_as_cache
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sparse_mla.accuracy import gate
+from sparse_mla.accuracy.case import Case
 from sparse_mla.accuracy.cases import CASES
 from sparse_mla.accuracy.gate import CRASHED, FAILED, NOT_OFFERED, NOT_RUN, PASSED, run_case
 from sparse_mla.accuracy.providers import ModuleProvider, pad
@@ -117,3 +118,39 @@ def test_after_a_lost_context_the_rest_is_not_run(monkeypatch: pytest.MonkeyPatc
     results = gate.run_catalogue([provider], cases)
     assert [r.status for r in results] == [CRASHED, NOT_RUN]
     assert results[1].detail == ("the CUDA context was lost in decode/gaussian on picky_flash_mla")
+
+
+SHIM = "sparse_mla.compat.flash_mla"
+DECODE_CASES = [
+    case
+    for case in CASES
+    if case.name.startswith(("decode/layout/", "decode/extra/")) and "bf16_nope" not in case.name
+]
+
+
+@pytest.mark.parametrize("case", DECODE_CASES, ids=lambda case: case.name)
+def test_our_drop_in_module_takes_every_layout(case: Case) -> None:
+    """What FlashMLA's rule by width does not tell apart goes by name."""
+    result = run_case(ModuleProvider(SHIM), case)
+    assert result.status == PASSED, result.detail
+
+
+def test_a_module_without_names_for_layouts_does_not_offer_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """FlashMLA's own signature: two FP8 layouts by q's width, and no others."""
+    provider = ModuleProvider(SHIM)
+    ours = provider.module.flash_mla_with_kvcache
+
+    def theirs(*arguments: Any) -> Any:
+        return ours(*arguments)
+
+    monkeypatch.setattr(provider.module, "flash_mla_with_kvcache", theirs)
+    for name, status in (
+        ("decode/layout/v4_fp8", PASSED),
+        ("decode/extra/v4_fp8+v4_fp8", PASSED),
+        ("decode/layout/v41_fp8_inline", NOT_OFFERED),
+        ("decode/extra/v41_fp8_inline+v41_fp4_inline", NOT_OFFERED),
+        ("decode/extra/glm53_nope_nvfp4+bf16_nope", NOT_OFFERED),
+    ):
+        assert run_case(provider, BY_NAME[name]).status == status, name

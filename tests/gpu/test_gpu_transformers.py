@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -170,9 +171,9 @@ def test_full_size_layer_of_glm5() -> None:
         "max_position_embeddings": 4096,
         "initializer_range": 0.02,
     }
-    with torch.device("cuda"):
-        model, exact = (tiny("glm_moe_dsa", **sizes) for _ in range(2))
-    exact.load_state_dict(model.bfloat16().state_dict())
+    exact = tiny("glm_moe_dsa", **sizes).cuda()
+    model = copy.deepcopy(exact).bfloat16()
+    exact.load_state_dict(model.state_dict())
     ids, mask = (x.cuda() for x in padded_batch([0, 300], 1200))
     lengths = [1150, 1, 49]
     with recorded(exact) as tape, altered(exact, latent=through_layout("v32_fp8")):

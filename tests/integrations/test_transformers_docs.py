@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,15 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra [transformers])")
 
-PAGE = Path(__file__).parents[2] / "docs" / "transformers.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "transformers.md"
+
+
+def test_the_table_is_up_to_date() -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "bench_transformers.py"))
+    assert tool["updated"](PAGE.read_text()) == PAGE.read_text(), (
+        "run python tools/bench_transformers.py --write"
+    )
 
 
 def test_snippets_run_in_order() -> None:

@@ -28,9 +28,9 @@ from tiny_models import (
     steady,
     tiny,
 )
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
-from sparse_mla.integrations.transformers import PagedCache, apply
+from sparse_mla.integrations.transformers import PagedCache, apply, restore
 from sparse_mla.integrations.transformers.cache import PagedLayer
 
 PADDING, PROMPT, NEW = [0, 4], 30, 12
@@ -89,6 +89,30 @@ def test_greedy(kind: str, layout: str) -> None:
     if layout == "bf16":
         want = judge.model.generate(judge.ids, attention_mask=judge.mask, **options)
         assert torch.equal(got, want)
+
+
+def test_generate_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a static cache transformers compiles the model, on any device if told to."""
+
+    def compiled(self: Any, config: Any) -> Any:
+        raise RuntimeError("compiled")
+
+    model = steady("glm_moe_dsa")
+    monkeypatch.setattr(type(model), "get_compiled_call", compiled)
+    config = CompileConfig()
+    config._compile_all_devices = True
+    ids, mask = padded_batch([0], 20)
+    options = {"attention_mask": mask, "max_new_tokens": 3, "cache_implementation": "static"}
+    options |= {"compile_config": config, "do_sample": False}
+    with pytest.raises(RuntimeError, match="compiled"):
+        model.generate(ids, **options)
+    apply(model, "bf16")
+    got = model.generate(ids, **options)
+    restore(model)
+    with pytest.raises(RuntimeError, match="compiled"):
+        model.generate(ids, **options)
+    del options["compile_config"], options["cache_implementation"]
+    assert torch.equal(model.generate(ids, **options), got)
 
 
 @pytest.mark.parametrize("kind", KINDS)

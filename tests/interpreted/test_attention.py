@@ -23,8 +23,9 @@ from hostile import DECODE_CALLS, LAYOUTS, PREFILL_CALLS
 from sparse_mla import KVCache, decode, prefill
 from sparse_mla.ops.sparse_decode import config
 from sparse_mla.ops.sparse_decode.config import Launch
+from sparse_mla.ops.sparse_decode.source import Source
 from sparse_mla.ops.sparse_decode.triton import launch_attend
-from sparse_mla.ops.sparse_decode.triton_kernel import INTERPRET, load_e4m3, to_bf16
+from sparse_mla.ops.sparse_decode.triton_rows_kernel import INTERPRET, decode_e4m3, to_bf16
 
 LAUNCHES = {
     name: value for name, value in sorted(vars(config).items()) if isinstance(value, Launch)
@@ -51,7 +52,13 @@ def test_launches(layout: str, launch: str, splits: int) -> None:
     scale = call.q.shape[-1] ** -0.5
     sink = call.options["attn_sink"]
     out, lse, max_logits = launch_attend(
-        call.q, call.cache, call.indices, None, sink, scale, splits, LAUNCHES[launch], splits == 1
+        call.q,
+        [Source(call.cache, call.indices, None)],
+        sink,
+        scale,
+        splits,
+        LAUNCHES[launch],
+        splits == 1,
     )
     want = call.oracle()
     assert_weights_rounded_to_bf16(out, lse, want)
@@ -189,7 +196,7 @@ def test_why_to_bf16_rounds_by_hand() -> None:
     assert torch.equal(ours.isnan(), want.isnan())
     truncated = (x.view(torch.int32) & -65536).view(torch.float32).to(torch.bfloat16)
     assert torch.equal(plain[some], truncated[some]) and not torch.equal(plain[some], want[some]), (
-        f"triton {triton.__version__}'s interpreter rounds casts to bf16: triton_kernel.to_bf16 "
+        f"triton {triton.__version__}'s interpreter rounds casts to bf16: to_bf16's own rounding "
         "can go once this is the oldest triton that is supported"
     )
 
@@ -197,7 +204,7 @@ def test_why_to_bf16_rounds_by_hand() -> None:
 @triton.jit
 def _decode_e4m3(byte_ptr, out_ptr):
     at = tl.arange(0, 256)
-    tl.store(out_ptr + at, load_e4m3(byte_ptr + at, at < 256, False))
+    tl.store(out_ptr + at, decode_e4m3(tl.load(byte_ptr + at), False))
 
 
 def test_every_e4m3_byte() -> None:
@@ -231,7 +238,7 @@ def test_scales_that_have_no_reciprocal(extreme: float, launch: str) -> None:
     q[..., 128:384] = 0
     call = Call(q, cache, torch.arange(256, dtype=torch.int32).view(1, 1, -1))
     out, lse, _ = launch_attend(
-        q, cache, call.indices, None, None, 576**-0.5, 1, LAUNCHES[launch], False
+        q, [Source(cache, call.indices, None)], None, 576**-0.5, 1, LAUNCHES[launch], False
     )
     assert_weights_rounded_to_bf16(out, lse, call.oracle())
     # Tile by tile: one of huge values would hide what is wrong with the others.

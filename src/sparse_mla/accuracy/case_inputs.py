@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from ..kv_cache import KVCache
 from ..kv_layout import KVLayout, get_layout
+from ..kv_quantise import E2M1_MAX, E4M3_MAX
 from .case import Inputs
+from .token_bytes import joined, unpack, write_tokens
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 
@@ -25,13 +28,26 @@ class NotRun(Exception):
 
 
 @dataclass(frozen=True)
+class Extra:
+    """The second cache of a call: as in `Draw`, which says the rest."""
+
+    layout: str
+    topk: int = 64
+    page_size: int = 16
+    holes: str = "none"
+    lengths: tuple[int, ...] | None = None
+    page_pad: int = 0
+
+
+@dataclass(frozen=True)
 class Draw:
     """What a call looks like.
 
     Attributes:
         values: distribution of the tokens, a key of `VALUES`.
-        scales: v32_fp8 only: "amax" and "pow2" are the writer's; the others, keys of `SCALES`,
-            are written over the writer's own, so the bytes mean other values than were drawn.
+        scales: layouts with fp32 scales only: "amax" and "pow2" are the writer's; the others, keys
+            of `SCALES`, are written over the writer's own, so the bytes mean other values than
+            were drawn.
         logit_std: queries are scaled so that a row's logits have this standard deviation; 0 gives
             q = 0.
         logit_mean: and this mean, by a direction that all keys share (0: none).
@@ -42,7 +58,10 @@ class Draw:
         sink: attn_sink, cycled over heads; None for none.
         repeats_of: each index occurs about this many times.
         page_pad: bytes added to the packed page stride, a multiple of 16.
-        strided: q is a slice of a larger tensor, indices a slice of longer rows; what lies
+        full: every slot holds a token, nothing is poison: wrong reads give numbers, which tell
+            more about themselves than NaN.
+        extra: decode only: the second cache.
+        strided: q is a slice of a larger tensor, indices are slices of longer rows; what lies
             beside them is NaN and valid-looking indices.
     """
 
@@ -64,6 +83,8 @@ class Draw:
     repeats_of: int = 1
     page_pad: int = 0
     strided: bool = False
+    full: bool = False
+    extra: Extra | None = None
 
     @property
     def tokens(self) -> int:
@@ -111,17 +132,31 @@ def _token_magnitudes(g: torch.Generator, n: int, d: int) -> torch.Tensor:
     return normal(g, n, d) * 10 ** uniform(g, -2, 2, n, 1)
 
 
+def _tiles(d: int) -> int:
+    return -(-d // 128)
+
+
+def _by_tile(x: torch.Tensor, d: int) -> torch.Tensor:
+    """A number for every 128 channels, [n, tiles], repeated to [n, d]."""
+    return x.repeat_interleave(min(d, 128), 1)[:, :d]
+
+
 def _tile_magnitudes(g: torch.Generator, n: int, d: int) -> torch.Tensor:
-    """Every 64 or 128 channels of every token have a magnitude of their own."""
-    tiles = max(1, d // 128)
-    return normal(g, n, d) * (10 ** uniform(g, -2, 2, n, tiles)).repeat_interleave(d // tiles, 1)
+    """Every 128 channels of every token, or all of fewer, have a magnitude of their own."""
+    return normal(g, n, d) * _by_tile(10 ** uniform(g, -2, 2, n, _tiles(d)), d)
 
 
 def _sparse(g: torch.Generator, n: int, d: int) -> torch.Tensor:
     """A third of the tiles of the tokens are all zero: their scale is arbitrary."""
     x = normal(g, n, d)
-    tiles = max(1, d // 128)
-    return x * (uniform(g, 0, 1, n, tiles) > 1 / 3).float().repeat_interleave(d // tiles, 1)
+    kept = uniform(g, 0, 1, n, _tiles(d)) > 1 / 3
+    return x * _by_tile(kept.float(), d)
+
+
+def _narrow(g: torch.Generator, n: int, d: int) -> torch.Tensor:
+    """From 0.4 to 1, of either sign by token: bytes that are numbers in every format."""
+    sign = torch.where(uniform(g, 0, 1, n, 1) < 0.5, -1.0, 1.0)
+    return sign * uniform(g, 0.4, 1, n, d)
 
 
 VALUES = {
@@ -132,6 +167,7 @@ VALUES = {
     "token_magnitudes": _token_magnitudes,
     "tile_magnitudes": _tile_magnitudes,
     "sparse_tiles": _sparse,
+    "narrow": _narrow,
     "tiny": lambda g, n, d: 1e-30 * _gaussian(g, n, d),
     "huge": lambda g, n, d: 1e30 * _gaussian(g, n, d),
 }
@@ -183,95 +219,187 @@ WRITER_SCALES = ("amax", "pow2")
 
 
 def poisoned_cache(
-    pages: int, page_size: int, layout: str | KVLayout, page_pad: int, device: torch.device
+    pages: int,
+    page_size: int,
+    layout: str | KVLayout,
+    page_pad: int,
+    device: torch.device,
+    tensor_scale: torch.Tensor | None = None,
 ) -> KVCache:
     """A cache whose every byte, padding included, is 0xFF."""
     stride = get_layout(layout).page_bytes(page_size) + page_pad
-    cache = KVCache.empty(pages, page_size, layout, device=device, page_stride=stride)
+    # Packed pages of some planar layouts are no multiple of 16.
+    stride = -(-stride // 16) * 16
+    scale = None if tensor_scale is None else tensor_scale.to(device)
+    cache = KVCache.empty(
+        pages, page_size, layout, device=device, page_stride=stride, tensor_scale=scale
+    )
     storage = cache.pages.untyped_storage()
     torch.empty(0, dtype=torch.uint8, device=device).set_(storage).fill_(0xFF)
     return cache
 
 
-def write_rows(cache: KVCache, slots: torch.Tensor, rows: torch.Tensor) -> None:
-    """Store token rows [n, row_bytes] (uint8, inline layouts) at `slots`, byte for byte."""
-    slots = slots.to(device=cache.device, dtype=torch.int64)
-    cache.rows_view()[slots // cache.page_size, slots % cache.page_size] = rows.to(cache.device)
+def scale_for(layout: KVLayout, latent: torch.Tensor) -> torch.Tensor | None:
+    """The scale of a whole tensor that suits these tokens, None where the layout has none."""
+    if not layout.tensor_scale:
+        return None
+    top = E4M3_MAX if layout.latent.dtype == "e4m3" else E2M1_MAX * E4M3_MAX
+    amax = latent.abs().amax() if latent.numel() else latent.new_ones(())
+    return (amax / top).clamp_min(1e-35).view(1)
 
 
-def token_rows(
+def made_tokens(
     layout: KVLayout,
     latent: torch.Tensor,
     rope: torch.Tensor,
     scales: str,
     g: torch.Generator,
+    tensor_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Bytes of tokens [n, row_bytes], with the writer's scales or scales drawn over them."""
-    if not layout.quantised:
-        return layout.pack(latent, rope if layout.rope else None)[0]
+    """Bytes of tokens [n, row + footer], with the writer's scales or scales drawn over them."""
     rounding = scales if scales in WRITER_SCALES else "amax"
-    rows, _ = layout.pack(latent, rope, rounding)
-    if scales not in WRITER_SCALES and layout.scales is not None:
+    packed = layout.pack(latent, rope if layout.rope else None, rounding, tensor_scale)
+    if scales not in WRITER_SCALES and layout.scales is not None and layout.quantised:
         # The e4m3 values then fill their range whatever was drawn; unit rms needs 1/150 or so.
         made = SCALES[scales](g, latent.shape[0], layout.scales.count)
-        layout.scales.write(rows, made / 128)
-    return rows
+        layout.scales.write(packed[layout.planar], made / 128)
+    return joined(*packed)
+
+
+@dataclass(frozen=True)
+class _Values:
+    """Tokens before they are stored: where they and all others will lie, and their numbers."""
+
+    pages: int
+    live: torch.Tensor
+    dead: torch.Tensor
+    latent: torch.Tensor
+    rope: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A cache with tokens in it: their slots, all other slots, and what the tokens mean."""
+
+    cache: KVCache
+    live: torch.Tensor
+    dead: torch.Tensor
+    keys: torch.Tensor
+
+
+def _drawn(spec: Draw, g: torch.Generator) -> _Values:
+    """Half again as many tokens as a list of `spec` has."""
+    layout = get_layout(spec.layout)
+    distinct = -(-spec.topk // spec.repeats_of)
+    live_count = distinct + distinct // 2 + 4
+    pages = -(-(2 * live_count + 2) // spec.page_size) + 1
+    slots = pages * spec.page_size
+    # The last slot is always live: the largest valid index is a boundary too.
+    order = 1 + torch.randperm(slots - 2, generator=g)
+    live = torch.cat([torch.tensor([slots - 1]), order[: live_count - 1]])
+    latent = VALUES[spec.values](g, live_count, layout.latent.count)
+    rope = VALUES[spec.values](g, live_count, 64)
+    return _Values(pages, live, order[live_count - 1 :], latent, rope)
+
+
+def _stored(
+    spec: Draw,
+    values: _Values,
+    shared: torch.Tensor | None,
+    g: torch.Generator,
+    device: torch.device,
+) -> _Tokens:
+    """A cache that holds the tokens; `shared` [d_qk] is added to all of them."""
+    layout = get_layout(spec.layout)
+    latent, rope = values.latent, values.rope
+    if shared is not None:
+        latent = latent + shared[: latent.shape[1]]
+        rope = rope + shared[layout.d_qk - 64 :]
+    scale = scale_for(layout, latent)
+    cache = poisoned_cache(values.pages, spec.page_size, layout, spec.page_pad, device, scale)
+    tokens = made_tokens(layout, latent, rope, spec.scales, g, scale)
+    write_tokens(cache, values.live, tokens)
+    if spec.full:
+        rest = torch.cat([torch.zeros(1, dtype=torch.int64), values.dead])
+        again = torch.randint(0, len(tokens), (len(rest),), generator=g)
+        write_tokens(cache, rest, tokens[again])
+    return _Tokens(cache, values.live, values.dead, unpack(layout, tokens, scale))
+
+
+def _lists(
+    spec: Draw, made: _Tokens, lengths: torch.Tensor | None, g: torch.Generator
+) -> torch.Tensor:
+    """Index lists [tokens, topk] int32 of the tokens in a cache."""
+    distinct = -(-spec.topk // spec.repeats_of)
+    picks = torch.rand(spec.tokens, len(made.live), generator=g).argsort(1)[:, :distinct]
+    if spec.repeats_of > 1:
+        again = torch.randint(0, max(distinct, 1), (spec.tokens, spec.topk), generator=g)
+        picks = picks.gather(1, again)
+    indices = made.live[picks][:, : spec.topk]
+    indices = HOLES[spec.holes](g, indices, made.cache.num_slots).to(torch.int32)
+    if lengths is not None:
+        # Entries past the length look valid and point at poison.
+        per_token = lengths.repeat_interleave(spec.s_q if spec.op == "decode" else 1)
+        beyond = torch.arange(spec.topk) >= per_token[:, None]
+        poison = made.dead[torch.arange(spec.topk) % made.dead.numel()].to(torch.int32)
+        indices = torch.where(beyond, poison, indices)
+    return indices
 
 
 def draw(spec: Draw, seed: int, name: str, device: torch.device) -> Inputs:
     """Make the call that `spec` describes; the same bytes for the same (spec, seed, name)."""
     g = rng(seed, name)
     layout = get_layout(spec.layout)
-    distinct = -(-spec.topk // spec.repeats_of)
-    live_count = distinct + distinct // 2 + 4
-    pages = -(-(2 * live_count + 2) // spec.page_size) + 1
-    cache = poisoned_cache(pages, spec.page_size, layout, spec.page_pad, device)
-    # The last slot is always live: the largest valid index is a boundary too.
-    order = 1 + torch.randperm(cache.num_slots - 2, generator=g)
-    live = torch.cat([torch.tensor([cache.num_slots - 1]), order[: live_count - 1]])
-    latent = VALUES[spec.values](g, live_count, layout.latent.count)
-    rope = VALUES[spec.values](g, live_count, 64)
+    rows_of_lengths = spec.b if spec.op == "decode" else spec.s_q
+    values = _drawn(spec, g)
     q = normal(g, spec.tokens, spec.h, layout.d_qk)
+    shared = None
     if spec.logit_mean:
         shared = normal(g, layout.d_qk)
-        latent += shared[: latent.shape[1]]
-        rope += shared[layout.d_qk - 64 :]
         q = 0.2 * q + shared
-    rows = token_rows(layout, latent, rope, spec.scales, g)
-    write_rows(cache, live, rows)
-    keys = layout.unpack(rows, rows[:, :0])
-    q = fit_queries(q, keys, spec, layout)
-
-    picks = torch.rand(spec.tokens, live_count, generator=g).argsort(1)[:, :distinct]
-    if spec.repeats_of > 1:
-        again = torch.randint(0, max(distinct, 1), (spec.tokens, spec.topk), generator=g)
-        picks = picks.gather(1, again)
-    indices = live[picks][:, : spec.topk]
-    indices = HOLES[spec.holes](g, indices, cache.num_slots).to(torch.int32)
-    rows_of_lengths = spec.b if spec.op == "decode" else spec.s_q
+    made = _stored(spec, values, shared, g, device)
     lengths = cycle(spec.lengths, rows_of_lengths, torch.int32)
-    if lengths is not None:
-        # Entries past the length look valid and point at poison.
-        per_token = lengths.repeat_interleave(spec.s_q if spec.op == "decode" else 1)
-        beyond = torch.arange(spec.topk) >= per_token[:, None]
-        poison = order[live_count - 1 :]
-        indices = torch.where(
-            beyond, poison[torch.arange(spec.topk) % poison.numel()].to(torch.int32), indices
+    indices = _lists(spec, made, lengths, g)
+    keys = made.keys
+    extras: dict[str, Any] = {}
+    if spec.extra is not None:
+        beside = spec.extra
+        other = replace(
+            spec,
+            layout=beside.layout,
+            topk=beside.topk,
+            page_size=beside.page_size,
+            holes=beside.holes,
+            page_pad=beside.page_pad,
+            repeats_of=1,
         )
+        extra = _stored(other, _drawn(other, g), shared, g, device)
+        keys = torch.cat([keys, extra.keys])
+        extra_lengths = cycle(beside.lengths, spec.b, torch.int32)
+        lists = _lists(other, extra, extra_lengths, g).view(spec.b, spec.s_q, beside.topk)
+        if spec.strided:
+            lists = _wide_lists(lists, int(extra.live[0]))
+        extras = {
+            "extra_cache": extra.cache,
+            "extra_indices": move(lists, device),
+            "extra_topk_length": None if extra_lengths is None else extra_lengths.to(device),
+        }
+    q = fit_queries(q, keys, spec, layout)
     shape = (spec.b, spec.s_q) if spec.op == "decode" else (spec.s_q,)
     q = q.view(*shape, spec.h, layout.d_qk)
     indices = indices.view(*shape, spec.topk)
     if spec.strided:
-        q, indices = _strided(q, indices, int(live[0]))
+        q, indices = _wide_queries(q), _wide_lists(indices, int(made.live[0]))
     sink = cycle(spec.sink, spec.h, torch.float32)
     return Inputs(
         op=spec.op,
         q=move(q, device),
-        cache=cache,
+        cache=made.cache,
         indices=move(indices, device),
         scale=layout.d_qk**-0.5,
         topk_length=None if lengths is None else lengths.to(device),
         attn_sink=None if sink is None else sink.to(device),
+        **extras,
     )
 
 
@@ -318,16 +446,20 @@ def move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return flat.as_strided(x.shape, x.stride())
 
 
-def _strided(
-    q: torch.Tensor, indices: torch.Tensor, valid: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same numbers as slices of larger tensors whose other entries are poison."""
+def _wide_queries(q: torch.Tensor) -> torch.Tensor:
+    """The same queries as a slice of a larger tensor whose other entries are NaN."""
     *lead, h, d = q.shape
-    wide_q = torch.full((*lead, h + 3, d + 64), float("nan"), dtype=q.dtype)
-    wide_q[..., :h, :d] = q
-    wide_i = torch.full((*indices.shape[:-1], indices.shape[-1] + 37), valid, dtype=torch.int32)
-    wide_i[..., : indices.shape[-1]] = indices
-    return wide_q[..., :h, :d], wide_i[..., : indices.shape[-1]]
+    wide = torch.full((*lead, h + 3, d + 64), float("nan"), dtype=q.dtype)
+    wide[..., :h, :d] = q
+    return wide[..., :h, :d]
+
+
+def _wide_lists(indices: torch.Tensor, valid: int) -> torch.Tensor:
+    """The same lists as slices of longer ones that go on with a valid index."""
+    width = indices.shape[-1]
+    wide = torch.full((*indices.shape[:-1], width + 37), valid, dtype=torch.int32)
+    wide[..., :width] = indices
+    return wide[..., :width]
 
 
 def _none(g: torch.Generator, x: torch.Tensor, slots: int) -> torch.Tensor:

@@ -18,12 +18,12 @@ from .case_inputs import (
     NotRun,
     draw,
     fit_queries,
+    made_tokens,
     normal,
     poisoned_cache,
     rng,
-    token_rows,
-    write_rows,
 )
+from .token_bytes import unpack, write_tokens
 
 FREE_BYTES_NEEDED = 6 * 2**30
 
@@ -98,10 +98,10 @@ def _overflow(
     slots = boundary_slots(cache)
     spec = Draw(op=op, layout=layout, b=3, s_q=1 if op == "decode" else 3, h=4, topk=len(slots))
     latent = normal(g, len(slots), fields.latent.count)
-    rows = token_rows(fields, latent, normal(g, len(slots), 64), "log_uniform", g)
-    write_rows(cache, slots, rows)
+    tokens = made_tokens(fields, latent, normal(g, len(slots), 64), "log_uniform", g)
+    write_tokens(cache, slots, tokens)
     q = normal(g, 3, spec.h, fields.d_qk)
-    q = fit_queries(q, fields.unpack(rows, rows[:, :0]), spec, fields)
+    q = fit_queries(q, unpack(fields, tokens, None), spec, fields)
     indices = torch.stack([slots[torch.randperm(len(slots), generator=g)] for _ in range(3)])
     if op == "decode":
         q, indices = q.unsqueeze(1), indices.unsqueeze(1)
@@ -130,7 +130,7 @@ def _two_level(seed: int, name: str, device: torch.device, *, layout: str) -> li
     slots = 1 + torch.randperm(cache.num_slots - 1, generator=g)[:count]
     heavy = torch.arange(0, count, 128)
     rope[heavy, 0] = 1.0
-    write_rows(cache, slots, token_rows(fields, latent, rope, "log_uniform", g))
+    write_tokens(cache, slots, made_tokens(fields, latent, rope, "log_uniform", g))
     q = torch.zeros(spec.b, 1, spec.h, fields.d_qk, dtype=torch.bfloat16)
     q[..., 512] = 1.0
     rest = torch.tensor([i for i in range(count) if i % 128])
@@ -212,8 +212,7 @@ def _real(
     tokens = latent.shape[0]
     cache = poisoned_cache(-(-(tokens + 2) // page_size) + 1, page_size, layout, 0, device)
     slots = 1 + torch.randperm(cache.num_slots - 1, generator=g)[:tokens]
-    rows = token_rows(fields, latent.float(), rope.float(), scales, g)
-    write_rows(cache, slots, rows)
+    write_tokens(cache, slots, made_tokens(fields, latent.float(), rope.float(), scales, g))
     late = torch.argsort(capture.positions)[-max(queries, len(capture.positions) // 2) :]
     late = late[torch.randperm(len(late), generator=g)[:queries]]
     lines = torch.full((len(late), topk), -1, dtype=torch.int64)
@@ -300,6 +299,13 @@ SPECIAL_CASES: tuple[Case, ...] = (
         _overflow,
         layout="bf16",
         page_size=16,
+    ),
+    _case(
+        "decode/offsets/v4_fp8",
+        "tokens either side of 2^31 and 2^32 bytes, scales after each page's rows",
+        _OVERFLOW,
+        _overflow,
+        layout="v4_fp8",
     ),
     _case(
         "prefill/offsets/bf16",

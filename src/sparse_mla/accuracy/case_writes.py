@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from ..kv_layout import E4M3_MAX, get_layout
+from ..kv_layout import get_layout
+from ..kv_quantise import E4M3_MAX
 from .case import Case, WriteInputs
-from .case_inputs import VALUES, normal, poisoned_cache, rng, uniform
+from .case_inputs import VALUES, normal, poisoned_cache, rng, scale_for, uniform
 from .case_special import large_cache
 
 Fill = Callable[[torch.Generator, torch.Tensor], torch.Tensor]
@@ -24,10 +25,10 @@ def _zero_tiles(g: torch.Generator, x: torch.Tensor) -> torch.Tensor:
 
 def _magnitudes(g: torch.Generator, x: torch.Tensor) -> torch.Tensor:
     """Tiles from 1e-30 to 1e30, one of each in a token, and fp32's own extremes."""
-    tiles = x.shape[1] // 128
+    tiles = -(-x.shape[1] // 128)
     powers = torch.tensor([-30.0, 30.0, -6.0, 0.0, 12.0, -20.0, 25.0])
     pick = powers[torch.randint(0, len(powers), (x.shape[0], tiles), generator=g)]
-    x = x * (10.0**pick).repeat_interleave(128, 1)
+    x = x * (10.0**pick).repeat_interleave(128, 1)[:, : x.shape[1]]
     x[0, 0:128] = normal(g, 128) * 2.0**-126
     x[1, 0:128] = torch.sign(normal(g, 128)) * 3e38
     return x
@@ -50,6 +51,13 @@ def _not_finite(g: torch.Generator, x: torch.Tensor) -> torch.Tensor:
     x[1, 200] = float("inf")
     x[2, 300] = float("-inf")
     x[3, 384:512] = float("nan")
+    return x
+
+
+def _zeros_and_not_finite(g: torch.Generator, x: torch.Tensor) -> torch.Tensor:
+    """Zero tiles and tokens, and some NaN and Inf elsewhere."""
+    x = _zero_tiles(g, x)
+    x[3, 5], x[7, 200], x[11, 300] = float("nan"), float("inf"), float("-inf")
     return x
 
 
@@ -81,11 +89,13 @@ def _write_case(
         rope = normal(g, n, 64).to(device, dtype) if fields.rope else None
         if past_2gib:
             cache = large_cache(layout, page_size, None, device)
-            at = torch.tensor([2**31, 2**32]) // cache.token_stride
+            at = torch.tensor([2**31, 2**32]) * cache.page_size // cache.pages.stride(0)
             slots = torch.cat([at[0] + torch.arange(n // 2), at[1] + torch.arange(n - n // 2)])
             slots = slots[torch.randperm(n, generator=g)] - 8
         else:
-            cache = poisoned_cache(-(-2 * n // page_size) + 1, page_size, layout, page_pad, device)
+            scale = scale_for(fields, torch.where(torch.isfinite(x), x, 0.0))
+            pages = -(-2 * n // page_size) + 1
+            cache = poisoned_cache(pages, page_size, layout, page_pad, device, scale)
             slots = torch.randperm(cache.num_slots, generator=g)[:n]
         if skip:
             slots[torch.rand(n, generator=g) < 0.4] = -1
@@ -93,6 +103,73 @@ def _write_case(
         return [WriteInputs(cache, latent, rope, slots.to(device), rounding)]
 
     return Case(full, "kv_write", about, shows, build, quick=quick)
+
+
+def _layout_cases() -> list[Case]:
+    """Every layout with a writer of its own: plain, hostile magnitudes, slots."""
+    slots = ("writer_slot_off_by_page", "writer_packed_stride")
+    zeros = ("writer_zero_tile_nan",)
+    cases: list[Case] = []
+    for layout in (
+        "v4_fp8",
+        "v41_fp8_planar",
+        "v41_fp8_inline",
+        "v41_fp4_planar",
+        "v41_fp4_inline",
+        "glm53_nope_fp8",
+        "glm53_nope_nvfp4",
+        "nvfp4_bf16_rope",
+        "fp8_tensor",
+    ):
+        fields = get_layout(layout)
+        planar = ("writer_planar_as_inline",) * fields.planar
+        fp8 = fields.latent.dtype == "e4m3"
+        tiled = fp8 and fields.scales is not None
+        cases += [
+            _write_case(
+                f"layout/{layout}",
+                f"{layout}: pages of 53 in a padded pool, some tokens skipped",
+                slots + planar,
+                layout=layout,
+                values="token_magnitudes" if tiled else "gaussian",
+                page_size=53,
+                page_pad=48,
+                skip=True,
+                n=24,
+                quick=layout == "v4_fp8",
+            ),
+            _write_case(
+                f"layout/{layout}/not_finite",
+                f"{layout}: NaN and Inf stay visible, zero tiles stay zero",
+                zeros * tiled + planar,
+                _zeros_and_not_finite,
+                layout=layout,
+                page_size=16,
+                n=24,
+            ),
+        ]
+        if layout in ("v4_fp8", "v41_fp8_planar", "glm53_nope_fp8", "glm53_nope_nvfp4"):
+            cases.append(
+                _write_case(
+                    f"layout/{layout}/magnitudes",
+                    f"{layout}: tiles from 1e-30 to 1e30",
+                    ("writer_tiny_flushed",) * tiled,
+                    _magnitudes,
+                    layout=layout,
+                    page_size=16,
+                    n=24,
+                )
+            )
+    cases.append(
+        _write_case(
+            "layout/v4_fp8/offsets",
+            "v4_fp8: slots either side of 2^31 and 2^32 bytes",
+            ("writer_slot_off_by_page", "writer_int32_overflow"),
+            layout="v4_fp8",
+            past_2gib=True,
+        )
+    )
+    return cases
 
 
 WRITE_CASES: tuple[Case, ...] = (
@@ -172,4 +249,5 @@ WRITE_CASES: tuple[Case, ...] = (
     _write_case(
         "bf16_nope", "bf16 layout without RoPE", (), layout="bf16_nope", page_size=16, skip=True
     ),
+    *_layout_cases(),
 )

@@ -12,19 +12,22 @@ from dataclasses import replace
 
 import torch
 
+from ..kv_layout import LAYOUTS, get_layout
 from .case import Case, Inputs
-from .case_inputs import Draw, draw
+from .case_inputs import Draw, Extra, draw
 from .case_special import SPECIAL_CASES
 from .case_writes import WRITE_CASES
+from .cases_layouts import LAYOUT_CASES
 from .cases_shapes import SHAPE_CASES
 from .cases_values import VALUE_CASES
 
-ALL_LAYOUTS = ("v32_fp8", "bf16", "bf16_nope")
+ALL_LAYOUTS = tuple(name for name, layout in LAYOUTS.items() if not layout.extra_only)
 
 CASES: tuple[Case, ...] = (
     *VALUE_CASES,
     *SHAPE_CASES,
     *SPECIAL_CASES,
+    *LAYOUT_CASES,
     *WRITE_CASES,
 )
 
@@ -39,6 +42,8 @@ def random_case(seed: int) -> Case:
 
     layout = f"{spec.layout}, {spec.values}, {spec.scales}, holes {spec.holes}"
     about = f"{layout}, h {spec.h}, topk {spec.topk}, page {spec.page_size}"
+    if spec.extra is not None:
+        about += f", beside {spec.extra.layout}, topk {spec.extra.topk}"
     return Case(name, spec.op, about, (), build)
 
 
@@ -85,11 +90,27 @@ def random_draw(r: random.Random) -> Draw:
         page_pad=r.choice((0, 0, 64)),
         strided=r.random() < 0.3,
     )
-    if spec.layout == "v32_fp8":
+    if spec.layout in ("v32_fp8", "glm53_nope_fp8"):
         spec = replace(spec, scales=r.choice(("amax", "amax", "pow2", "log_uniform")))
     if r.random() < 0.3:
         spec = replace(spec, lengths=tuple(r.randint(0, spec.topk) for _ in range(4)))
     if r.random() < 0.3:
         sinks = (-3.0, 0.0, 2.0, 6.0, float("inf"), float("-inf"))
         spec = replace(spec, sink=tuple(r.choice(sinks) for _ in range(3)))
+    if op == "decode" and r.random() < 0.3:
+        spec = replace(spec, extra=_random_extra(r, spec))
     return spec
+
+
+def _random_extra(r: random.Random, spec: Draw) -> Extra:
+    """A second cache of the same width."""
+    width = get_layout(spec.layout).d_qk
+    topk = r.choice((0, 1, 17, 64, 90))
+    return Extra(
+        layout=r.choice([name for name, layout in LAYOUTS.items() if layout.d_qk == width]),
+        topk=topk,
+        page_size=r.choice((1, 2, 16, 53, 64)),
+        holes=r.choice(("none", "none", "random", "large", "some_rows_empty")),
+        lengths=None if r.random() < 0.6 else tuple(r.randint(0, topk) for _ in range(3)),
+        page_pad=r.choice((0, 0, 64)),
+    )

@@ -22,7 +22,7 @@ more; otherwise those that come closer are listed as not told apart.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ from .case_inputs import NotRun
 from .faults import FAULTS, CleanKernel
 from .faults_fault import Fault
 from .faults_kernel import UNROUNDED, EmulatedKernel, memory_bytes
+from .token_bytes import token_bytes, write_tokens
 
 GONE = (Crashed, Hung, Raised)
 NOTHING_FITS = "no known fault reproduces this output"
@@ -464,13 +465,12 @@ def _own_cache(inputs: WriteInputs) -> WriteInputs:
     cache = inputs.cache
     storage = torch.empty(_span(cache), dtype=torch.uint8, device=cache.device)
     pages = storage.as_strided(cache.pages.shape, cache.pages.stride())
-    copy = KVCache(pages, cache.page_size, cache.layout, cache.token_stride)
+    copy = replace(cache, pages=pages)
     if _span(cache) <= _SMALL_CACHE:
         storage.copy_(cache.pages.as_strided((_span(cache),), (1,)))
     else:
         slots = _written(inputs)
-        page, offset = slots // cache.page_size, slots % cache.page_size
-        copy.rows_view()[page, offset] = cache.rows_view()[page, offset]
+        write_tokens(copy, slots, token_bytes(cache, slots))
     return WriteInputs(
         copy, inputs.latent, inputs.rope, inputs.slots, inputs.scale_rounding, inputs.op
     )

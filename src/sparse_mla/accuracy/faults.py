@@ -7,15 +7,20 @@ stop each of them. As hypotheses, they are compared with the wrong answers of a 
 
 from __future__ import annotations
 
+from .faults_extra import EXTRA_FAULTS
 from .faults_fault import Fault
 from .faults_kernel import EmulatedKernel
+from .faults_layouts import LAYOUT_FAULTS
 from .faults_reading import READING
 from .faults_softmax import SOFTMAX
 from .faults_whole import WHOLE
 from .faults_writing import WRITING
 
 FAULTS: tuple[Fault, ...] = tuple(
-    sorted(READING + SOFTMAX + WHOLE + WRITING, key=lambda fault: fault.line)
+    sorted(
+        READING + SOFTMAX + WHOLE + LAYOUT_FAULTS + EXTRA_FAULTS + WRITING,
+        key=lambda fault: fault.line,
+    )
 )
 
 

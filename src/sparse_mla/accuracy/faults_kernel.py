@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ..kv_cache import KVCache
-from ..kv_layout import E4M3_MAX, FP32_MIN_NORMAL, KVLayout
-from .case import Inputs, NotOffered, Output, WriteInputs
+from ..kv_layout import KVLayout
+from ..kv_quantise import E4M3_MAX, FP32_MIN_NORMAL
+from .case import Inputs, Output, WriteInputs
+from .token_bytes import joined, parts, stored_scales
 
 # Keeps the decoded keys of one block of query rows near 40 MB in float32.
 _TOKENS_PER_BLOCK = 1 << 14
@@ -49,17 +51,20 @@ EXACT = Arithmetic(torch.float64, None, torch.float64)
 _LOADING = (
     "counts",
     "decode",
+    "footer_offsets",
     "gather",
     "in_cache",
     "in_length",
     "latent_values",
     "load",
     "offsets",
+    "outer",
     "read",
     "rope",
     "scales",
     "slots",
     "sources",
+    "stored_scales",
 )
 
 
@@ -105,9 +110,6 @@ class EmulatedKernel:
     def run(self, inputs: Inputs, state: Any) -> Output:
         q = self.queries(inputs)
         sources = self.sources(inputs, state)
-        for source in sources:
-            if source.cache.layout.planar:
-                raise NotOffered(f"layout {source.cache.layout.name} is planar")
         width = sum(source.indices.shape[1] for source in sources)
         step = max(1, _TOKENS_PER_BLOCK // max(width, 1))
         blocks = []
@@ -172,8 +174,8 @@ class EmulatedKernel:
         """Keys [n, topk, d_qk], zero where masked, and which of them count."""
         counts = self.counts(source)
         slots = self.slots(source, counts)
-        rows = self.gather(source.cache, slots, counts)
-        return self.decode(source.cache.layout, rows), counts
+        tokens = self.gather(source.cache, slots, counts)
+        return self.decode(source.cache, tokens), counts
 
     def counts(self, source: Source) -> torch.Tensor:
         """Which entries count, [n, topk]."""
@@ -193,45 +195,64 @@ class EmulatedKernel:
         return torch.where(counts, source.indices, 0)
 
     def gather(self, cache: KVCache, slots: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Token rows [n, topk, row_bytes]; zeros where an entry does not count."""
+        """Bytes of tokens [n, topk, row + footer]; zeros where an entry does not count."""
         return self.read(cache, slots, counts)
 
     def read(self, cache: KVCache, slots: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
-        """Rows of the entries to load; zeros elsewhere and outside the cache's memory."""
-        flat = flat_rows(cache)
-        offsets = self.offsets(cache, slots)
-        load = load & (offsets >= 0) & (offsets < flat.shape[0])
-        rows = flat.new_zeros(*slots.shape, cache.layout.row_bytes)
-        rows[load] = flat[offsets[load]]
-        return rows
+        """Bytes of the entries to load; zeros elsewhere and outside the cache's memory."""
+        layout = cache.layout
+        rows = read_bytes(cache, self.offsets(cache, slots), load, layout.row_bytes)
+        if not layout.planar:
+            return rows
+        footers = self.footer_offsets(cache, slots)
+        return joined(rows, read_bytes(cache, footers, load, layout.footer_bytes))
 
     def offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
         """Byte offset of each slot's row from the cache's first byte."""
         return byte_offsets(cache, slots)
 
-    def decode(self, layout: KVLayout, rows: torch.Tensor) -> torch.Tensor:
-        """Keys [n, topk, d_qk] from token rows."""
-        flat = rows.flatten(0, 1)
-        shape = rows.shape[:2]
-        latent = self.latent_values(layout, flat).to(self.arithmetic.compute)
-        scales = None
-        if layout.scales is not None:
-            stored = layout.scales.read(flat).to(self.arithmetic.compute)
-            scales = self.scales(stored.view(*shape, layout.scales.count))
-            tiles = latent.view(*shape, layout.scales.count, layout.tile) * scales[..., None]
-            latent = tiles.flatten(2)
+    def footer_offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
+        """Byte offset of each slot's scales in a planar layout."""
+        return footer_offsets(cache, slots)
+
+    def decode(self, cache: KVCache, tokens: torch.Tensor) -> torch.Tensor:
+        """Keys [n, topk, d_qk] from the bytes of tokens."""
+        layout = cache.layout
+        flat = tokens.flatten(0, 1)
+        shape = tokens.shape[:2]
+        compute = self.arithmetic.compute
+        latent = self.latent_values(layout, parts(layout, flat)[0]).to(compute)
         latent = latent.view(*shape, layout.latent.count)
+        stored = self.stored_scales(layout, flat)
+        scales = None
+        if stored is not None:
+            scales = self.scales(stored.to(compute).view(*shape, stored.shape[1]))
+            tiles = latent.unflatten(2, (scales.shape[2], layout.tile)) * scales[..., None]
+            latent = tiles.flatten(2)
+        if layout.outer is not None:
+            outer = layout.outer.read(flat).to(compute)
+            latent = latent * self.outer(outer).view(*shape, 1)
+        if cache.tensor_scale is not None:
+            latent = latent * self.outer(cache.tensor_scale.to(compute))
         if layout.rope is None:
             return latent
-        rope = layout.rope.read(flat).to(self.arithmetic.compute)
+        rope = layout.rope.read(flat).to(compute)
         rope = rope.view(*shape, layout.rope.count)
         return torch.cat([latent, self.rope(rope, scales)], dim=2)
 
     def latent_values(self, layout: KVLayout, rows: torch.Tensor) -> torch.Tensor:
         return layout.latent.read(rows)
 
+    def stored_scales(self, layout: KVLayout, tokens: torch.Tensor) -> torch.Tensor | None:
+        """The tiles' scales [n, tiles] of tokens [n, row + footer]; None where there are none."""
+        return stored_scales(layout, tokens)
+
     def scales(self, scales: torch.Tensor) -> torch.Tensor:
         """The factors to multiply by, from the stored ones, [n, topk, tiles]."""
+        return scales
+
+    def outer(self, scales: torch.Tensor) -> torch.Tensor:
+        """The factors of whole tokens [n * topk, 1], or of the whole tensor [1]."""
         return scales
 
     def rope(self, rope: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
@@ -342,25 +363,25 @@ class EmulatedKernel:
 
     def write(self, inputs: WriteInputs) -> None:
         cache, layout = inputs.cache, inputs.cache.layout
-        if layout.planar:
-            raise NotOffered(f"layout {layout.name} is planar")
         keep = inputs.slots >= 0
         latent = inputs.latent[keep].to(torch.float32)
-        rows = latent.new_zeros(latent.shape[0], layout.row_bytes, dtype=torch.uint8)
-        if layout.scales is None:
-            layout.latent.write(rows, latent)
-        else:
+        rope = None if inputs.rope is None else inputs.rope[keep]
+        packed = layout.pack(latent, rope, inputs.scale_rounding, cache.tensor_scale)
+        if tiles_of_e4m3(layout) and layout.scales is not None:
+            # Once more, by the steps that a fault may change.
+            rounding = "pow2" if layout.scales.dtype == "ue8m0" else inputs.scale_rounding
             tiles = latent.view(latent.shape[0], layout.scales.count, layout.tile)
-            scales = self.written_scales(tiles, inputs.scale_rounding)
+            scales = self.written_scales(tiles, rounding)
             values = self.to_e4m3(tiles / scales[..., None])
-            layout.latent.write(rows, values.flatten(1))
-            layout.scales.write(rows, scales)
-        if layout.rope is not None and inputs.rope is not None:
-            layout.rope.write(rows, inputs.rope[keep])
-        flat = flat_rows(cache)
-        offsets = self.write_offsets(cache, inputs.slots[keep].to(torch.int64))
-        inside = (offsets >= 0) & (offsets < flat.shape[0])
-        flat[offsets[inside]] = rows[inside]
+            layout.latent.write(packed[0], values.flatten(1))
+            layout.scales.write(packed[layout.planar], scales)
+        slots = inputs.slots[keep].to(torch.int64)
+        write_bytes(cache, self.write_offsets(cache, slots), packed[0])
+        if layout.planar:
+            write_bytes(cache, self.write_footer_offsets(cache, slots), packed[1])
+
+    def write_footer_offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
+        return footer_offsets(cache, slots)
 
     def write_offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
         return byte_offsets(cache, slots)
@@ -385,24 +406,77 @@ def finite_or_zero(peak: torch.Tensor) -> torch.Tensor:
     return torch.where(peak == float("-inf"), 0.0, peak)
 
 
-def byte_offsets(cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
-    """Where each slot's row begins, int64, counted from the cache's first byte."""
-    page, offset = slots // cache.page_size, slots % cache.page_size
-    return page * cache.pages.stride(0) + offset * cache.token_stride
+def tiles_of_e4m3(layout: KVLayout) -> bool:
+    """Whether the latent part is e4m3 values with a scale for every tile."""
+    return layout.latent.dtype == "e4m3" and layout.scales is not None
+
+
+def byte_offsets(
+    cache: KVCache,
+    slots: torch.Tensor,
+    *,
+    page_stride: int | None = None,
+    page_size: int | None = None,
+    token_stride: int | None = None,
+) -> torch.Tensor:
+    """Where each slot's row begins, int64, counted from the cache's first byte.
+
+    What is given stands for the cache's own, as a fault may have it.
+    """
+    size = cache.page_size if page_size is None else page_size
+    between = cache.pages.stride(0) if page_stride is None else page_stride
+    within = cache.token_stride if token_stride is None else token_stride
+    return slots // size * between + slots % size * within
+
+
+def footer_offsets(
+    cache: KVCache,
+    slots: torch.Tensor,
+    *,
+    page_stride: int | None = None,
+    page_size: int | None = None,
+    footer_bytes: int | None = None,
+) -> torch.Tensor:
+    """Where each slot's scales begin in a planar layout, after all rows of the page."""
+    size = cache.page_size if page_size is None else page_size
+    between = cache.pages.stride(0) if page_stride is None else page_stride
+    width = cache.layout.footer_bytes if footer_bytes is None else footer_bytes
+    return slots // size * between + size * cache.layout.row_bytes + slots % size * width
 
 
 def memory_bytes(cache: KVCache) -> int:
-    """Bytes from the cache's first row to the end of its last one."""
+    """Bytes from the cache's first row to the end of its last token."""
     if cache.num_slots == 0:
         return 0
-    last_page = (cache.num_pages - 1) * cache.pages.stride(0)
-    return last_page + (cache.page_size - 1) * cache.token_stride + cache.layout.row_bytes
+    layout = cache.layout
+    page = (cache.page_size - 1) * cache.token_stride + layout.row_bytes
+    if layout.planar:
+        page += cache.page_size * layout.footer_bytes
+    return (cache.num_pages - 1) * cache.pages.stride(0) + page
 
 
-def flat_rows(cache: KVCache) -> torch.Tensor:
-    """The cache's memory as overlapping rows, one starting at every byte: [bytes, row_bytes]."""
-    starts = max(0, memory_bytes(cache) - cache.layout.row_bytes + 1)
-    return cache.pages.as_strided((starts, cache.layout.row_bytes), (1, 1))
+def every_byte(cache: KVCache, width: int) -> torch.Tensor:
+    """The cache's memory as overlapping items, one starting at every byte: [bytes, width]."""
+    starts = max(0, memory_bytes(cache) - width + 1)
+    return cache.pages.as_strided((starts, width), (1, 1))
+
+
+def read_bytes(
+    cache: KVCache, offsets: torch.Tensor, load: torch.Tensor, width: int
+) -> torch.Tensor:
+    """`width` bytes at each offset [n, topk] to load; zeros elsewhere and outside the memory."""
+    flat = every_byte(cache, width)
+    load = load & (offsets >= 0) & (offsets < flat.shape[0])
+    found = flat.new_zeros(*offsets.shape, width)
+    found[load] = flat[offsets[load]]
+    return found
+
+
+def write_bytes(cache: KVCache, offsets: torch.Tensor, items: torch.Tensor) -> None:
+    """Store items [n, width] at offsets [n]; nothing outside the cache's memory."""
+    flat = every_byte(cache, items.shape[1])
+    inside = (offsets >= 0) & (offsets < flat.shape[0])
+    flat[offsets[inside]] = items[inside]
 
 
 def _padded(

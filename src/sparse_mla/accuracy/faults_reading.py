@@ -10,7 +10,14 @@ from ..kv_cache import KVCache
 from ..kv_layout import KVLayout
 from .case import Inputs
 from .faults_fault import Fault, caches, has_lengths, has_masked, has_rope, quantised
-from .faults_kernel import Arithmetic, EmulatedKernel, Source, memory_bytes
+from .faults_kernel import (
+    Arithmetic,
+    EmulatedKernel,
+    Source,
+    byte_offsets,
+    footer_offsets,
+    memory_bytes,
+)
 
 
 class ScalePow2Down(EmulatedKernel):
@@ -18,10 +25,16 @@ class ScalePow2Down(EmulatedKernel):
         _, exponent = torch.frexp(scales)
         return torch.where(scales > 0, torch.ldexp(torch.ones_like(scales), exponent - 1), scales)
 
+    def outer(self, scales: torch.Tensor) -> torch.Tensor:
+        return self.scales(scales)
+
 
 class ScaleBf16(EmulatedKernel):
     def scales(self, scales: torch.Tensor) -> torch.Tensor:
         return scales.to(torch.bfloat16).to(scales.dtype)
+
+    def outer(self, scales: torch.Tensor) -> torch.Tensor:
+        return self.scales(scales)
 
 
 class ScaleNeighbourTile(EmulatedKernel):
@@ -136,20 +149,36 @@ class Int32Overflow(EmulatedKernel):
     def offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
         return (super().offsets(cache, slots) + 2**31) % 2**32 - 2**31
 
+    def footer_offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
+        return (super().footer_offsets(cache, slots) + 2**31) % 2**32 - 2**31
+
 
 class Uint32Overflow(EmulatedKernel):
     def offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
         return super().offsets(cache, slots) % 2**32
 
+    def footer_offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
+        return super().footer_offsets(cache, slots) % 2**32
+
 
 class PageSize64(EmulatedKernel):
     def offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
-        return (slots // 64) * cache.pages.stride(0) + (slots % 64) * cache.token_stride
+        return byte_offsets(cache, slots, page_size=64)
+
+    def footer_offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
+        return footer_offsets(cache, slots, page_size=64)
 
 
 class PackedPageStride(EmulatedKernel):
+    """Pages as far apart as the layout says, whatever the cache's strides are."""
+
     def offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
-        return slots * cache.layout.row_bytes
+        packed, row = cache.layout.page_bytes(cache.page_size), cache.layout.row_bytes
+        return byte_offsets(cache, slots, page_stride=packed, token_stride=row)
+
+    def footer_offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
+        packed = cache.layout.page_bytes(cache.page_size)
+        return footer_offsets(cache, slots, page_stride=packed)
 
 
 class LastBlockUnmasked(EmulatedKernel):
@@ -223,7 +252,7 @@ def _past(limit: int) -> Callable[[Inputs], bool]:
 
 def _strided(inputs: Inputs) -> bool:
     return any(
-        (cache.num_pages > 1 and cache.pages.stride(0) != cache.page_size * cache.layout.row_bytes)
+        (cache.num_pages > 1 and cache.pages.stride(0) != cache.layout.page_bytes(cache.page_size))
         or (cache.page_size > 1 and cache.token_stride != cache.layout.row_bytes)
         for cache in caches(inputs)
     )

@@ -5,10 +5,16 @@ from __future__ import annotations
 import torch
 
 from ..kv_cache import KVCache
-from ..kv_layout import E4M3_MAX
+from ..kv_quantise import E4M3_MAX
 from .case import WriteInputs
 from .faults_fault import Fault
-from .faults_kernel import EmulatedKernel, memory_bytes
+from .faults_kernel import (
+    EmulatedKernel,
+    byte_offsets,
+    footer_offsets,
+    memory_bytes,
+    tiles_of_e4m3,
+)
 
 
 class ZeroTileNan(EmulatedKernel):
@@ -48,7 +54,12 @@ class TinyFlushed(EmulatedKernel):
 
 class SlotsPacked(EmulatedKernel):
     def write_offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
-        return slots * cache.layout.row_bytes
+        packed, row = cache.layout.page_bytes(cache.page_size), cache.layout.row_bytes
+        return byte_offsets(cache, slots, page_stride=packed, token_stride=row)
+
+    def write_footer_offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
+        packed = cache.layout.page_bytes(cache.page_size)
+        return footer_offsets(cache, slots, page_stride=packed)
 
 
 class SlotsInt32(EmulatedKernel):
@@ -57,14 +68,36 @@ class SlotsInt32(EmulatedKernel):
     def write_offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
         return (super().write_offsets(cache, slots) + 2**31) % 2**32 - 2**31
 
+    def write_footer_offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
+        return (super().write_footer_offsets(cache, slots) + 2**31) % 2**32 - 2**31
+
 
 class SlotsNextPage(EmulatedKernel):
     def write_offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
         return super().write_offsets(cache, slots) + cache.pages.stride(0)
 
+    def write_footer_offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
+        return super().write_footer_offsets(cache, slots) + cache.pages.stride(0)
 
-def _quantised(inputs: WriteInputs) -> bool:
-    return inputs.cache.layout.quantised
+
+class FootersInline(EmulatedKernel):
+    """A planar page's scales go right after each row."""
+
+    def write_offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
+        if not cache.layout.planar:
+            return super().write_offsets(cache, slots)
+        return byte_offsets(cache, slots, token_stride=cache.layout.bytes_per_token)
+
+    def write_footer_offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
+        return self.write_offsets(cache, slots) + cache.layout.row_bytes
+
+
+def _tiled(inputs: WriteInputs) -> bool:
+    return tiles_of_e4m3(inputs.cache.layout)
+
+
+def _planar(inputs: WriteInputs) -> bool:
+    return inputs.cache.layout.planar
 
 
 def _past_int32(inputs: WriteInputs) -> bool:
@@ -77,7 +110,7 @@ WRITING = (
         24,
         "divides an all-zero tile by its scale 0",
         ZeroTileNan,
-        _quantised,
+        _tiled,
         "kv_write",
     ),
     Fault(
@@ -85,7 +118,7 @@ WRITING = (
         24,
         "rounds scales down and lets values past 448 become NaN or wrap",
         NoSaturation,
-        _quantised,
+        _tiled,
         "kv_write",
         ({}, {"wraps": True}),
     ),
@@ -94,7 +127,7 @@ WRITING = (
         24,
         "never lets amax fall below 1e-4: tiny tiles lose all their bits",
         TinyFlushed,
-        _quantised,
+        _tiled,
         "kv_write",
         ({}, {"floor": 1e-12}),
     ),
@@ -111,6 +144,14 @@ WRITING = (
         "ignores page and token strides that exceed the packed size",
         SlotsPacked,
         op="kv_write",
+    ),
+    Fault(
+        "writer_planar_as_inline",
+        25,
+        "writes the scales of a planar layout right after each row",
+        FootersInline,
+        _planar,
+        "kv_write",
     ),
     Fault(
         "writer_int32_overflow",

@@ -308,8 +308,13 @@ def _tensors(call: Inputs) -> dict[str, torch.Tensor]:
         "indices": call.indices,
         "topk_length": call.topk_length,
         "attn_sink": call.attn_sink,
-        "cache": writes.storage_bytes(call.cache),
+        "extra_indices": call.extra_indices,
+        "extra_topk_length": call.extra_topk_length,
     }
+    for name, cache in (("cache", call.cache), ("extra_cache", call.extra_cache)):
+        if cache is not None:
+            named[name] = writes.storage_bytes(cache)
+            named[f"{name}.tensor_scale"] = cache.tensor_scale
     return {
         name: t
         for name, t in named.items()

@@ -143,6 +143,8 @@ def _roofline_points(found: Sequence[Line]) -> list[Point]:
     points = []
     for who, row in _both_sides(found):
         w = row.workload
+        if not w.flops:
+            continue  # the cache's writer
         points.append(
             {"who": who, "op": w.op, "h": w.h_q, "label": w.label, "us": row.p50_us,
              "intensity": round(w.flops / w.bytes, 2),

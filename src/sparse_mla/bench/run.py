@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from .. import reference
-from .registry import Answer, Call, Data, make_cache, make_data, providers
+from .registry import Answer, Data, make_cache, make_data, providers
 from .rows import OURS, Machine, Row, this_machine
-from .timing import measure, quantiles, sm_clock
+from .timing import Call, measure, quantiles, sm_clock
 from .workloads import CPU_WORKLOADS, GPU_WORKLOADS, Workload, choose
+from .writes import make_writes
 
 # Query tokens whose answers are compared with the oracle before anything is timed, and how many
 # rows (tokens times heads) they have at least where there are so many: rounding weights to bf16
@@ -92,13 +93,18 @@ def run(
     chosen = choose(workloads_for(device), only)
     result = Result(this_machine(device))
     identity = uuid.uuid4().hex[:12]
-    for layout in dict.fromkeys(w.layout for w in chosen):
-        group = [w for w in chosen if w.layout == layout]
+    attention = [w for w in chosen if w.op != "kv_write"]
+    for layout in dict.fromkeys(w.layout for w in attention):
+        group = [w for w in attention if w.layout == layout]
         cache = make_cache(layout, max(w.s_kv for w in group), device)
         for workload in group:
             note(workload.label)
             data = make_data(workload, cache)
             _run_one(data, samples, identity, result, backends, peers)
+    for workload in chosen:
+        if workload.op == "kv_write":
+            note(workload.label)
+            _run_write(workload, device, samples, identity, result, backends, peers)
     return result
 
 
@@ -129,6 +135,50 @@ def _run_one(
                 raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             result.missing.append(Missing(workload, name, reason, ours))
+    _time(workload, device, calls, accuracy, samples, identity, result)
+
+
+def _run_write(
+    workload: Workload,
+    device: torch.device,
+    samples: int,
+    identity: str,
+    result: Result,
+    backends: Sequence[str],
+    peers: bool,
+) -> None:
+    """Writers whose bytes are those of `KVLayout.pack`, beside a copy of as many bytes."""
+    data = make_writes(workload, device)
+    calls: dict[str, Call] = {}
+    accuracy: dict[str, Accuracy] = {}
+    for name in backends or ("triton" if device.type == "cuda" else "cpu",):
+        label = OURS + name
+        try:
+            wrong = data.check(name)
+        except NotImplementedError as error:
+            result.missing.append(Missing(workload, label, str(error), False))
+            continue
+        if wrong:
+            reason = f"{wrong} bytes differ from the layout's own: not timed"
+            result.missing.append(Missing(workload, label, reason, True))
+            continue
+        calls[label], accuracy[label] = data.call(name), Accuracy(*data.error(), 0.0, workload.b)
+    if peers and device.type == "cuda":
+        calls["torch:copy"] = data.copy()
+        accuracy["torch:copy"] = Accuracy(0.0, 0.0, data.error()[2], 0.0, workload.b)
+    _time(workload, device, calls, accuracy, samples, identity, result)
+
+
+def _time(
+    workload: Workload,
+    device: torch.device,
+    calls: dict[str, Call],
+    accuracy: dict[str, Accuracy],
+    samples: int,
+    identity: str,
+    result: Result,
+) -> None:
+    """Time the calls together, into rows."""
     if not calls:
         return
     prefill = workload.op == "prefill" and device.type == "cuda"
@@ -160,7 +210,7 @@ class Oracle:
         q = data.q.reshape(-1, *data.q.shape[-2:])
         number = min(max(SAMPLE, -(-SAMPLE_ROWS // q.shape[1])), q.shape[0])
         self.tokens = torch.linspace(0, q.shape[0] - 1, number).round().long().to(q.device)
-        lists = data.indices.reshape(q.shape[0], -1)[self.tokens]
+        lists = data.lists(self.tokens)
         self.want = reference.attend(q[self.tokens], [(data.cache, lists, None)], data.scale)
 
     def check(self, name: str, answer: Answer) -> Accuracy:

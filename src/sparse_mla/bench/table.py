@@ -11,12 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import arch, dispatch
+from ..accuracy.cases_layouts import PAIRS
+from ..compat import conformance_table
 from ..kv_layout import LAYOUTS
 from .rows import Row, read
 from .run import Missing
 from .workloads import GOALS, HEADLINES, Goal, goal_of
 
-BASELINES = ("flash_mla", "torch:gather_einsum")
+BASELINES = ("flash_mla", "torch:gather_einsum", "torch:copy")
 # The version that the support table speaks of: the one that the H200's rows were measured with.
 SUPPORT_TRITON = "3.6.0"
 # Columns of the terminal's table where there is no terminal to ask.
@@ -245,19 +247,34 @@ def result_files(root: Path) -> list[Path]:
     return sorted((root / "benchmarks" / "results").glob("*/*.jsonl"))
 
 
+SUPPORT_MACHINES = ("cpu", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+
 def support() -> str:
-    """What runs where, as the backends themselves answer."""
-    names = ("cpu", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-    columns = ("op", "cache", *("CPU" if n == "cpu" else n for n in names))
-    machines = [replace(arch.parse(name), triton=SUPPORT_TRITON) for name in names]
+    """Which backends run what where, best first, as the backends themselves answer."""
+    machines = [replace(arch.parse(name), triton=SUPPORT_TRITON) for name in SUPPORT_MACHINES]
+    calls = [
+        (op, f"`{layout.name}`", dispatch.Request(op, layout.name, 64))
+        for op in dispatch.OPS
+        for layout in LAYOUTS.values()
+        if op == "kv_write" or not layout.extra_only
+    ]
+    calls += [
+        (
+            "decode",
+            f"`{main}` + `{extra}`",
+            dispatch.Request("decode", main, 64, extra_layout=extra),
+        )
+        for main, extra in PAIRS
+    ]
     body = []
-    for op in dispatch.OPS:
-        for layout in LAYOUTS:
-            cells = [op, layout]
-            for machine in machines:
-                answers = dispatch.explain(dispatch.Request(op, layout, 64), machine)
-                cells.append(next((a.backend for a in answers if a.chosen), "no"))
-            body.append(cells)
+    for op, caches, request in calls:
+        cells = [op, caches]
+        for machine in machines:
+            running = [a.backend for a in dispatch.explain(request, machine) if a.ok]
+            cells.append(", ".join(running) or "no")
+        body.append(cells)
+    columns = ("op", "cache", *("CPU" if n == "cpu" else n for n in SUPPORT_MACHINES))
     return _markdown(columns, body) + "\n"
 
 
@@ -282,9 +299,12 @@ def pages(root: Path) -> dict[Path, str]:
     rows = all_rows(root)
     readme, docs = root / "README.md", root / "docs"
     with_support = replace_part(readme.read_text(), "support", support())
+    conformance = docs / "conformance.md"
+    counts = conformance_table.table(conformance_table.load(root))
     performance, all_of_them = docs / "performance.md", docs / "measurements.md"
     return {
         readme: replace_part(with_support, "performance", headlines(rows)),
+        conformance: replace_part(conformance.read_text(), "conformance", counts),
         performance: replace_part(performance.read_text(), "goals", goals(rows)),
         all_of_them: replace_part(all_of_them.read_text(), "measurements", measurements(rows)),
     }

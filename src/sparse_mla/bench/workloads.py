@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..kv_layout import get_layout
+from ..kv_layout import LAYOUTS, get_layout
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A shape to measure. Query tokens select random tokens of one shared cache."""
+    """A shape to measure. Query tokens select random tokens of one shared cache.
+
+    "kv_write" writes b tokens into whole random pages of a cache of s_kv.
+    In dense decode topk is the length of every sequence, whose pages are random ones.
+    """
 
     op: str
     layout: str
@@ -23,11 +27,15 @@ class Workload:
     @property
     def label(self) -> str:
         """Unique among the workloads; `matches` searches its words."""
+        if self.op == "kv_write":
+            return f"{self.op} {self.layout} n={self.b}"
         shape = f"b={self.b} s_q={self.s_q}"
-        end = ""
+        end = f"topk={self.topk}"
         if self.op == "prefill":
-            shape, end = f"s_q={self.s_q}", f" s_kv={self.s_kv}"
-        return f"{self.op} {self.layout} {shape} h={self.h_q} topk={self.topk}{end}"
+            shape, end = f"s_q={self.s_q}", f"{end} s_kv={self.s_kv}"
+        elif self.op == "dense_decode":
+            end = f"s_k={self.topk}"
+        return f"{self.op} {self.layout} {shape} h={self.h_q} {end}"
 
     def matches(self, text: str) -> bool:
         """Whether every word of `text` is a word of the label."""
@@ -41,15 +49,23 @@ class Workload:
     @property
     def flops(self) -> int:
         """Of both products, for the heads that were asked for."""
+        if self.op == "kv_write":
+            return 0
         layout = get_layout(self.layout)
         return 2 * self.tokens * self.h_q * self.topk * (layout.d_qk + layout.d_v)
 
     @property
     def bytes(self) -> int:
-        """Least memory traffic: each distinct selected row once, indices, queries and outputs."""
+        """Least memory traffic: each distinct selected row once, indices, queries and outputs.
+
+        A writer reads bf16 tokens and their slots and writes the tokens' bytes.
+        """
         layout = get_layout(self.layout)
+        if self.op == "kv_write":
+            return self.b * (2 * layout.d_qk + layout.bytes_per_token + 8)
         rows = min(self.tokens * self.topk, self.s_kv) * layout.bytes_per_token
-        return rows + self.tokens * (4 * self.topk + 2 * self.h_q * (layout.d_qk + layout.d_v))
+        index = 0 if self.op == "dense_decode" else 4 * self.topk
+        return rows + self.tokens * (index + 2 * self.h_q * (layout.d_qk + layout.d_v))
 
 
 @dataclass(frozen=True)
@@ -80,6 +96,14 @@ def _decode(b: int, h_q: int, s_q: int = 1) -> Workload:
 
 def _prefill(h_q: int, s_kv: int, layout: str = "bf16", topk: int = 2048) -> Workload:
     return Workload("prefill", layout, 1, 4096, h_q, topk, s_kv)
+
+
+def _write(layout: str, tokens: int = 16384) -> Workload:
+    return Workload("kv_write", layout, tokens, 1, 1, 0, 4 * tokens)
+
+
+def _dense(b: int, h_q: int, s_k: int) -> Workload:
+    return Workload("dense_decode", "bf16", b, 1, h_q, s_k, b * s_k)
 
 
 H200 = "NVIDIA H200"
@@ -117,18 +141,22 @@ GOALS = (
     *_faster(1.1, [_prefill(128, 65536), _prefill(64, 32768)]),
     *_faster(1.1, [_prefill(64, 32768, "bf16_nope", 512)]),
     *_faster(2.5, [_prefill(h, 32768) for h in (8, 16, 32)]),
+    *_faster(1.05, [_dense(128, 128, 4096), _dense(128, 128, 2048), _dense(32, 64, 8192)]),
     Goal(H200, _decode(128, 16), "triton", "flash_mla", 0.8),
     Goal(H200, _decode(128, 64), "triton", "flash_mla", 0.7),
+    # 70 % of what a copy of as many bytes takes.
+    *(Goal(H200, _write(layout), "triton", "torch:copy", 0.7) for layout in ("v32_fp8", "v4_fp8")),
     Goal("CPU", CPU_WORKLOADS[0], "cpu", "torch:gather_einsum", 5.0),
 )
 
 # Shapes without a goal, which make the figures' curves of time against batch.
 _CURVES = [_decode(b, h) for h in (8, 16, 32, 64, 128) for b in (1, 4, 32, 128, 256)]
+_WRITES = [_write(layout) for layout in LAYOUTS]
 
 # What serving GLM-5 and DeepSeek V3.2 meets; 8 to 32 heads are those of tensor-parallel ranks.
 GPU_WORKLOADS = tuple(
     sorted(
-        {goal.workload for goal in GOALS if goal.machine == H200} | set(_CURVES),
+        {goal.workload for goal in GOALS if goal.machine == H200} | set(_CURVES) | set(_WRITES),
         key=lambda w: (w.op, w.layout, w.h_q, w.s_q, w.b, w.s_kv),
     )
 )

@@ -24,7 +24,7 @@ _CATALOGUE = (
     "accuracy/metrics",
     "accuracy/writes",
 )
-_CATALOGUE_FILES = ("reference.py", "kv_layout.py", "kv_cache.py")
+_CATALOGUE_FILES = ("reference.py", "kv_layout.py", "kv_quantise.py", "kv_cache.py")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def _ours() -> list[Description]:
     """This library's backends, those that do not run here included: their reasons say why."""
     from ..accuracy.providers.ours import Backend
 
-    names = dict.fromkeys(b.name for op in dispatch.OPS for b in dispatch.backends_of(op))
+    names = [b.name for b in dispatch.backends_of("decode")]
     available = dispatch.available_backends()
     return [
         replace(

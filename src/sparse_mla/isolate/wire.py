@@ -134,6 +134,8 @@ def call_tensors(call: Call) -> dict[str, torch.Tensor]:
         cache = getattr(call, name, None)
         if cache is not None:
             found[name] = cache.pages
+            if cache.tensor_scale is not None:
+                found[f"{name}.tensor_scale"] = cache.tensor_scale
     return found
 
 
@@ -161,7 +163,8 @@ def rebuild_call(message: dict[str, Any], storages: dict[int, torch.Tensor]) -> 
         fields[name] = View.from_json(data).make(storages)
     for name, data in message["caches"].items():
         layout = get_layout(data["layout"])
-        fields[name] = KVCache(fields[name], data["page_size"], layout, data["token_stride"])
+        scale = fields.pop(f"{name}.tensor_scale", None)
+        fields[name] = KVCache(fields[name], data["page_size"], layout, data["token_stride"], scale)
     if message["writes"]:
         fields.setdefault("rope", None)
         return WriteInputs(**fields)

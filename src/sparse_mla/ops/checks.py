@@ -12,6 +12,17 @@ from ..kv_cache import KVCache
 MAX_HEADS = 128
 
 
+def check_main_cache(name: str, cache: KVCache) -> None:
+    """A KVCache whose layout may stand alone."""
+    if not isinstance(cache, KVCache):
+        raise ValueError(f"{name} is {type(cache).__name__}, must be a sparse_mla.KVCache")
+    if cache.layout.extra_only:
+        raise ValueError(
+            f"{name} has layout {cache.layout.name}, which models use for an extra cache beside "
+            "another one only"
+        )
+
+
 def check_query(q: torch.Tensor, dims: tuple[str, ...], cache: KVCache) -> None:
     """q has the named dims, bf16, contiguous last dim, and the width that the layout wants."""
     shape = f"[{', '.join(dims)}]"
@@ -32,18 +43,20 @@ def check_query(q: torch.Tensor, dims: tuple[str, ...], cache: KVCache) -> None:
         raise ValueError(f"q is on {q.device}, the cache is on {cache.device}")
 
 
-def check_indices(indices: torch.Tensor, lead: tuple[int, ...], q: torch.Tensor) -> None:
+def check_indices(
+    indices: torch.Tensor, lead: tuple[int, ...], q: torch.Tensor, name: str = "indices"
+) -> None:
     """indices is int32 [*lead, topk] on q's device with a contiguous last dim."""
     if not isinstance(indices, torch.Tensor):
-        raise ValueError(f"indices is {type(indices).__name__}, must be a tensor {_lists(lead)}")
+        raise ValueError(f"{name} is {type(indices).__name__}, must be a tensor {_lists(lead)}")
     if indices.dim() != len(lead) + 1 or tuple(indices.shape[:-1]) != lead:
-        raise ValueError(f"indices is {tuple(indices.shape)}, must be a tensor {_lists(lead)}")
+        raise ValueError(f"{name} is {tuple(indices.shape)}, must be a tensor {_lists(lead)}")
     if indices.dtype != torch.int32:
-        raise ValueError(f"indices has dtype {indices.dtype}, must be torch.int32")
+        raise ValueError(f"{name} has dtype {indices.dtype}, must be torch.int32")
     if indices.shape[-1] > 1 and indices.stride(-1) != 1:
-        raise ValueError(f"indices has strides {indices.stride()}, the last dim must be contiguous")
+        raise ValueError(f"{name} has strides {indices.stride()}, the last dim must be contiguous")
     if indices.device != q.device:
-        raise ValueError(f"indices is on {indices.device}, q is on {q.device}")
+        raise ValueError(f"{name} is on {indices.device}, q is on {q.device}")
 
 
 def _lists(lead: tuple[int, ...]) -> str:

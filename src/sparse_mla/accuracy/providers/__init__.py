@@ -31,7 +31,7 @@ def adapter(name: str) -> ModuleType:
 
     file = _FILES.get(name)
     if file is None:
-        backends = {backend.name for op in dispatch.OPS for backend in dispatch.backends_of(op)}
+        backends = {backend.name for backend in dispatch.backends_of("decode")}
         ours = name in backends or name.startswith("sparse_mla:")
         file = "ours" if ours else "module"
     return importlib.import_module(f".{file}", __name__)

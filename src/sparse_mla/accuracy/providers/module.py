@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -79,6 +80,7 @@ class ModuleProvider:
         quantised = inputs.cache.layout.quantised
         dtype = torch.float8_e4m3fn if quantised else torch.bfloat16
         extra = inputs.extra_cache
+        names = self._format_names(inputs, decode)
         try:
             out, lse = decode(
                 inputs.q,
@@ -97,6 +99,7 @@ class ModuleProvider:
                 inputs.extra_indices,
                 inputs.topk_length,
                 inputs.extra_topk_length,
+                **names,
             )
         except AssertionError as error:
             # FlashMLA states with an assert that sparse decode takes FP8 caches only.
@@ -104,6 +107,21 @@ class ModuleProvider:
                 raise NotOffered(f"sparse decode over {inputs.cache.layout.name}") from error
             raise
         return Output(out, lse.transpose(1, 2), None, float("inf"))
+
+    def _format_names(self, inputs: Inputs, decode: Any) -> dict[str, Any]:
+        """What tells layouts apart that FlashMLA's rule by width does not: our shim's arguments."""
+        caches = {"kv": inputs.cache, "extra_kv": inputs.extra_cache}
+        given = {name: cache for name, cache in caches.items() if cache is not None}
+        if all(cache.layout.name in BY_WIDTH for cache in given.values()):
+            return {}
+        layouts = {name: cache.layout.name for name, cache in given.items()}
+        if "kv_format" not in inspect.signature(decode).parameters:
+            raise NotOffered(f"sparse decode over {' and '.join(layouts.values())}")
+        if not all(cache.layout.quantised for cache in given.values()):
+            raise NotOffered("a bf16 cache beside a quantised one")
+        names: dict[str, Any] = {f"{name}_format": layout for name, layout in layouts.items()}
+        names.update({f"{name}_scale": cache.tensor_scale for name, cache in given.items()})
+        return names
 
     def _prefill(self, inputs: Inputs) -> Output:
         prefill = self._function("flash_mla_sparse_fwd")
@@ -154,6 +172,9 @@ def pad(inputs: Inputs) -> tuple[Inputs, tuple[str, ...]]:
     return replace(inputs, q=q, attn_sink=sink, indices=indices), tuple(what)
 
 
+# Layouts that q's width and the cache's dtype tell apart.
+BY_WIDTH = ("v32_fp8", "v4_fp8", "bf16", "bf16_nope")
+
 FLASH_MLA_NAMES = ("flash_mla_with_kvcache", "flash_mla_sparse_fwd")
 
 
@@ -173,8 +194,10 @@ def supports(
     """What the module's functions can be asked; the cases say whether it answers."""
     if op == "kv_write":
         return False, "FlashMLA's interface has no cache writer"
-    if op == "decode" and layout != "v32_fp8":
+    if op == "decode" and layout in ("bf16", "bf16_nope"):
         return False, "its sparse decode takes FP8 caches only"
+    if op == "decode" and layout not in BY_WIDTH:
+        return False, "its sparse decode tells layouts by q's width: v32_fp8 and v4_fp8"
     if op == "prefill" and layout not in ("bf16", "bf16_nope"):
         return False, "its sparse prefill takes bf16 rows only"
     function = FLASH_MLA_NAMES[op == "prefill"]

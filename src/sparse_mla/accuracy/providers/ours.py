@@ -36,7 +36,7 @@ class Backend:
                 scale=inputs.scale,
                 topk_length=inputs.topk_length,
                 attn_sink=inputs.attn_sink,
-                extra_cache=inputs.extra_cache,
+                extra_cache=None if inputs.extra_cache is None else _theirs(inputs.extra_cache),
                 extra_indices=inputs.extra_indices,
                 extra_topk_length=inputs.extra_topk_length,
                 backend=self.name,
@@ -66,8 +66,13 @@ def _theirs(cache: Any) -> Any:
 
     if isinstance(cache, sparse_mla.KVCache):
         return cache
-    layout = sparse_mla.LAYOUTS[cache.layout.name]
-    return sparse_mla.KVCache(cache.pages, cache.page_size, layout, cache.token_stride)
+    layout = sparse_mla.LAYOUTS.get(cache.layout.name)
+    if layout is None:
+        raise NotOffered(f"layout {cache.layout.name}")
+    given: list[Any] = [cache.pages, cache.page_size, layout, cache.token_stride]
+    if cache.tensor_scale is not None:  # older versions have no place for it
+        given.append(cache.tensor_scale)
+    return sparse_mla.KVCache(*given)
 
 
 def load(name: str) -> Implementation:

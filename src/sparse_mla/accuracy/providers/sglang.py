@@ -47,7 +47,7 @@ class SGLangFlashMLA(ModuleProvider):
         for what in ("attn_sink", "topk_length", "extra_cache"):
             if getattr(inputs, what) is not None:
                 raise NotOffered(f"{what} (FlashMLA's interface of 2025)")
-        if not inputs.cache.layout.quantised:
+        if inputs.cache.layout.name != "v32_fp8":
             raise NotOffered(f"sparse decode over {inputs.cache.layout.name}")
         b, s_q, heads, _ = inputs.q.shape
         topk = inputs.indices.shape[-1]

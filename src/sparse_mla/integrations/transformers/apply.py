@@ -1,8 +1,9 @@
 """Put the paged sparse attention into a model, and take it out again.
 
 transformers' own extension points carry it: an attention function and its mask are registered by
-name, caches are made of our layers, and a forward pre-hook of the decoder sees to the cache. The
-one method that is replaced, on the model's own attention modules, is `expand_kv`.
+name, caches are made of our layers, and a forward pre-hook of the decoder sees to the cache. Two
+methods are replaced, on the model's own modules: attention's `expand_kv`, and what tells
+`generate()` to compile the model around a static cache.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ LAYOUTS = ("v32_fp8", "bf16")
 
 _DECODERS = {GlmMoeDsaModel: GlmMoeDsaAttention, DeepseekV32Model: DeepseekV32Attention}
 _UNDO = "_sparse_mla_undo"
+# What generate() asks before it makes caches paged: a static one of transformers' would say yes.
+_COMPILES = "_valid_auto_compile_criteria"
 
 
 def apply(
@@ -58,7 +61,8 @@ def apply(
     attends to them in absorbed form. Adapters keep working: weights are read at every call.
 
     Args:
-        model: the model, its decoder, or something that contains one of them (a PeftModel).
+        model: the model that generates, or something that contains it (a PeftModel). Its decoder
+            alone will do for everything but `generate()` with a static cache on a GPU.
         layout: the cache's layout, "v32_fp8" or "bf16".
         page_size: tokens per page.
         attend: the attention itself, to try another kernel: takes q [b, s_q, h, 576] bf16, the
@@ -96,6 +100,9 @@ def apply(
     for module in modules:
         setattr(module, ATTRIBUTE, settings)
         module.expand_kv = latents_as_they_are
+    for module in model.modules():
+        if hasattr(module, _COMPILES):
+            setattr(module, _COMPILES, _never)
     try:
         decoder.set_attn_implementation(NAME)
     except BaseException:
@@ -118,10 +125,11 @@ def restore(model: nn.Module) -> nn.Module:
         raise ValueError("the model is not patched: there is nothing to restore")
     hook, before = decoder.__dict__.pop(_UNDO)
     hook.remove()
-    for module in decoder.modules():
+    for module in [decoder, *model.modules()]:
         module.__dict__.pop(ATTRIBUTE, None)
-        if module.__dict__.get("expand_kv") is latents_as_they_are:
-            del module.__dict__["expand_kv"]
+        for name, ours in (("expand_kv", latents_as_they_are), (_COMPILES, _never)):
+            if module.__dict__.get(name) is ours:
+                del module.__dict__[name]
     settings.active = False
     decoder.set_attn_implementation(before)
     return model
@@ -139,6 +147,11 @@ def decoder_of(model: nn.Module) -> Any:
             f"contain one of: {names}"
         )
     return found[0]
+
+
+def _never(*args: Any, **kwargs: Any) -> bool:
+    """Lengths are counted on the host, so a compiled model would be compiled again each step."""
+    return False
 
 
 def _check_version() -> None:

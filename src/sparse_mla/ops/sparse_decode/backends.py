@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from ...arch import Arch
 from ...dispatch import Backend, Request
+from ...kv_layout import LAYOUTS
 
-LAYOUTS = ("v32_fp8", "bf16", "bf16_nope")
+# Layouts whose values are bf16 numbers once expanded; an extra cache has the same layout.
+SM90_EXPANDED = ("v4_fp8",)
+SM90_LAYOUTS = ("v32_fp8", "bf16", "bf16_nope", *SM90_EXPANDED)
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
 # Gluon is experimental and changes between minor versions.
@@ -18,11 +21,22 @@ def triton_version(machine: Arch) -> tuple[int, ...]:
     return tuple(int(part) for part in parts if part.isdigit())
 
 
+def reads(request: Request) -> tuple[bool, str]:
+    """Whether code that takes any layout of `LAYOUTS` can read the request's caches."""
+    for layout in (request.layout, request.extra_layout):
+        if layout and layout not in LAYOUTS:
+            return False, f"has no code for {layout}"
+    if LAYOUTS[request.layout].extra_only:
+        return False, f"{request.layout} is a layout of extra caches only"
+    return True, "reads every layout"
+
+
 def triton_supports(request: Request, machine: Arch) -> tuple[bool, str]:
     if machine.triton is None:
         return False, "triton is not installed"
-    if request.layout not in LAYOUTS:
-        return False, f"has no kernel for layout {request.layout}"
+    ok, reason = reads(request)
+    if not ok:
+        return False, reason
     if triton_version(machine) < MIN_TRITON:
         return False, f"triton is {machine.triton}, needs {'.'.join(map(str, MIN_TRITON))} or newer"
     if machine.device == "cpu":
@@ -41,8 +55,13 @@ def sm90_supports(request: Request, machine: Arch) -> tuple[bool, str]:
         return False, "triton is not installed"
     if machine.device != "cuda" or machine.hip or machine.capability != (9, 0):
         return False, "its wgmma kernels need a Hopper GPU (compute capability 9.0)"
-    if request.layout not in LAYOUTS:
+    if request.layout not in SM90_LAYOUTS:
         return False, f"has no kernel for layout {request.layout}"
+    if request.extra_layout and (
+        request.layout not in SM90_EXPANDED or request.extra_layout != request.layout
+    ):
+        caches = f"a cache of layout {request.layout} and an extra cache of {request.extra_layout}"
+        return False, f"has no kernel for {caches}"
     version = triton_version(machine)
     if version not in GLUON_TRITON:
         tried = ", ".join(f"{major}.{minor}" for major, minor in GLUON_TRITON)
@@ -55,8 +74,9 @@ def sm90_supports(request: Request, machine: Arch) -> tuple[bool, str]:
 def cpu_supports(request: Request, machine: Arch) -> tuple[bool, str]:
     if machine.device != "cpu":
         return False, f"tensors are on {machine.device}"
-    if request.layout not in LAYOUTS:
-        return False, f"has no code for layout {request.layout}"
+    ok, reason = reads(request)
+    if not ok:
+        return False, reason
     return True, "torch on CPU threads, float32 arithmetic"
 
 

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from .triton_kernel import sink_factor, to_bf16
+from .triton_kernel import sink_factor
+from .triton_rows_kernel import to_bf16
 
 D_V = 512
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -10,7 +11,8 @@ import triton
 from ... import arch
 from ...kv_cache import KVCache
 from . import triton_kernel, triton_wgmma_kernel
-from .config import Launch, launch_for
+from .config import Launch, launch_for, tokens_first_reads
+from .source import Source
 
 # The fewest tokens that are worth a split of their own.
 MIN_SPLIT = 64
@@ -21,9 +23,7 @@ MAX_SPLITS = 64
 
 def run(
     q: torch.Tensor,
-    cache: KVCache,
-    indices: torch.Tensor,
-    topk_length: torch.Tensor | None,
+    sources: list[Source],
     attn_sink: torch.Tensor | None,
     scale: float,
     num_splits: int,
@@ -31,15 +31,13 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode; see interface.decode. num_splits 0 chooses by shape."""
     machine = arch.of(q.device)
-    launch = launch_for(machine, q.shape[2], cache.layout.quantised)
-    tokens = q.shape[0] * q.shape[1]
+    launch = launch_for(machine, q.shape[2], [source.cache.layout for source in sources])
     if not num_splits:
-        programs = tokens * triton.cdiv(q.shape[2], launch.block_h) * launch.value_blocks
+        programs = q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], launch.block_h)
         slots = max(1, machine.multiprocessors) * launch.programs_per_sm
-        num_splits = plan_splits(programs, indices.shape[-1], slots, batch_invariant)
-    out, lse, _ = launch_attend(
-        q, cache, indices, topk_length, attn_sink, scale, num_splits, launch, False
-    )
+        topk = sum(source.indices.shape[-1] for source in sources)
+        num_splits = plan_splits(programs * launch.value_blocks, topk, slots, batch_invariant)
+    out, lse, _ = launch_attend(q, sources, attn_sink, scale, num_splits, launch, False)
     return out, lse
 
 
@@ -52,37 +50,37 @@ def plan_splits(programs: int, topk: int, slots: int, batch_invariant: bool) -> 
 
 def launch_attend(
     q: torch.Tensor,
-    cache: KVCache,
-    indices: torch.Tensor,
-    lengths: torch.Tensor | None,
+    sources: list[Source],
     attn_sink: torch.Tensor | None,
     scale: float,
     splits: int,
     launch: Launch,
     want_max: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Launch `launch`'s kernel on q [b, s_q, h, d_qk], indices [b, s_q, topk]; merge splits.
+    """Launch `launch`'s kernel on q [b, s_q, h, d_qk] and one or two sources; merge splits.
 
     Returns:
         out [b, s_q, h, d_v] bf16, lse [b, s_q, h] float32 and, if wanted, max_logits like lse;
         max_logits needs splits == 1.
     """
     b, s_q, heads, _ = q.shape
-    topk = indices.shape[-1]
-    layout = cache.layout
-    _check_alignment(cache)
-    out = torch.empty(b, s_q, heads, layout.d_v, dtype=torch.bfloat16, device=q.device)
+    main = sources[0]
+    d_v = main.cache.layout.d_v
+    for source in sources:
+        _check_alignment(source.cache)
+    out = torch.empty(b, s_q, heads, d_v, dtype=torch.bfloat16, device=q.device)
     lse = torch.empty(b, s_q, heads, dtype=torch.float32, device=q.device)
     max_logits = torch.empty_like(lse) if want_max else None
     rows = b * s_q * heads
     if rows == 0:
         return out, lse, max_logits
-    blocks = max(1, triton.cdiv(topk, launch.block_t))
+    blocks = sum(triton.cdiv(source.indices.shape[-1], launch.block_t) for source in sources)
+    blocks = max(1, blocks)
     split_blocks = triton.cdiv(blocks, max(1, min(splits, blocks)))
     splits = triton.cdiv(blocks, split_blocks)
     part, part_lse = out, lse
     if splits > 1:
-        part = torch.empty(splits, rows, layout.d_v, dtype=torch.float32, device=q.device)
+        part = torch.empty(splits, rows, d_v, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(splits, rows, dtype=torch.float32, device=q.device)
     head_blocks = triton.cdiv(heads, launch.block_h)
     machine = arch.of(q.device)
@@ -91,9 +89,6 @@ def launch_attend(
         grid = (b * s_q * head_blocks * splits * launch.value_blocks,)
         arguments = (
             q,
-            cache.pages,
-            indices,
-            lengths,
             attn_sink,
             part,
             part_lse,
@@ -101,42 +96,41 @@ def launch_attend(
             q.stride(0),
             q.stride(1),
             q.stride(2),
-            indices.stride(0),
-            indices.stride(1),
-            cache.pages.stride(0),
-            cache.page_size,
-            min(cache.num_slots - 1, 2**31 - 1),
             s_q,
             heads,
             head_blocks,
-            topk,
             splits,
             split_blocks * launch.block_t,
             scale * math.log2(math.e),
+            *_source_arguments(main),
         )
         constants = {
-            "TOKEN_STRIDE": cache.token_stride,
-            "PACKED": cache.pages.stride(0) == cache.page_size * cache.token_stride,
+            "LAYOUT": main.cache.layout,
+            "TOKEN_STRIDE": main.cache.token_stride,
+            "PACKED": _packed(main.cache),
             "SPLIT": splits > 1,
             "BLOCK_H": launch.block_h,
             "BLOCK_T": launch.block_t,
             "STAGES": launch.stages,
             "num_warps": launch.num_warps,
         }
-        if launch.tokens_first and layout.quantised:
+        if launch.tokens_first and tokens_first_reads([s.cache.layout for s in sources]):
             triton_wgmma_kernel.attend_tokens_first[grid](*arguments, **constants)
         else:
+            extra = sources[1].cache if len(sources) > 1 else None
             triton_kernel.attend[grid](
                 *arguments,
-                QUANTISED=layout.quantised,
-                D_ROPE=layout.rope.count if layout.rope else 0,
+                *(_source_arguments(sources[1]) if extra else [None] * SOURCE_ARGUMENTS),
+                EXTRA_LAYOUT=extra and extra.layout,
+                EXTRA_TOKEN_STRIDE=extra and extra.token_stride,
+                EXTRA_PACKED=extra and _packed(extra),
                 HARDWARE_FP8=machine.capability is not None and machine.capability >= (8, 9),
                 VALUE_BLOCKS=launch.value_blocks,
                 **constants,
             )
         if splits > 1:
             block_d = 256
-            triton_kernel.combine[(rows, layout.d_v // block_d)](
+            triton_kernel.combine[(rows, d_v // block_d)](
                 part,
                 part_lse,
                 attn_sink,
@@ -150,6 +144,47 @@ def launch_attend(
                 num_warps=4 if splits > 8 else 1,
             )
     return out, lse, max_logits
+
+
+SOURCE_ARGUMENTS = 13
+
+
+def _source_arguments(source: Source) -> list[Any]:
+    """What the kernels are told of a source, in the order of their arguments."""
+    cache, indices, layout = source.cache, source.indices, source.cache.layout
+    page_stride, page_size = cache.pages.stride(0), cache.page_size
+    planar = layout.planar
+    return [
+        cache.pages,
+        indices,
+        source.lengths,
+        cache.tensor_scale,
+        indices.stride(0),
+        indices.stride(1),
+        indices.shape[-1],
+        *division(page_size),
+        page_stride - page_size * cache.token_stride,
+        page_stride - page_size * layout.footer_bytes if planar else None,
+        page_size * layout.row_bytes if planar else None,
+        min(cache.num_slots - 1, 2**31 - 1),
+    ]
+
+
+def division(divisor: int) -> tuple[int, int]:
+    """(magic, shift) so that n // divisor == n * magic >> shift for 0 <= n < 2^31.
+
+    With 2^l >= divisor and magic * divisor = 2^(31 + l) + e the quotient is exact for 0 < e <= 2^l
+    (Granlund and Montgomery, Division by Invariant Integers using Multiplication, 1994). The
+    product stays below 2^63. A division at run time is a chain of 20 instructions in front of
+    every row's address.
+    """
+    shift = 31 + (divisor - 1).bit_length()
+    return (1 << shift) // divisor + 1, shift
+
+
+def _packed(cache: KVCache) -> bool:
+    """Whether rows follow each other from page to page."""
+    return cache.pages.stride(0) == cache.page_size * cache.token_stride
 
 
 def _check_alignment(cache: KVCache) -> None:

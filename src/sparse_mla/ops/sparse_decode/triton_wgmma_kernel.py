@@ -1,4 +1,4 @@
-"""The portable Triton kernel for FP8 caches where tensor cores take 64 rows at a time (Hopper).
+"""The portable Triton kernel for e4m3 with float32 scales where products have 64 rows (Hopper).
 
 Tokens are the rows of the first product and dims those of the second, heads their columns:
 
@@ -21,16 +21,16 @@ pass that (5 of 32 steps on Gaussian data), by a power of two.
 import triton
 import triton.language as tl
 
-from .triton_kernel import (
+from .triton_kernel import dot, sink_factor, store_tile
+from .triton_rows_kernel import (
     INTERPRET,
     column_dims,
-    dot,
     interleave,
     load_slots,
+    page_of,
     prefetch,
+    rope_dims,
     row_offset,
-    sink_factor,
-    store_tile,
 )
 
 # log2 of the largest weight; fp16 ends at 2^16, full precision at 2^-14.
@@ -136,9 +136,9 @@ def exponent_bits(x):
 
 
 @triton.jit
-def load_scales(rows, mask, BLOCK_T: tl.constexpr):
+def load_scales(ptr, mask, BLOCK_T: tl.constexpr):
     """The tokens' four fp32 scales, [T] each; 0 where masked."""
-    at = (rows + 512).to(tl.pointer_type(tl.float32))[:, None] + tl.arange(0, 4)[None, :]
+    at = ptr.to(tl.pointer_type(tl.float32))[:, None] + tl.arange(0, 4)[None, :]
     scales = tl.load(at, mask=mask, other=0.0)
     even, odd = tl.split(tl.reshape(scales, [BLOCK_T, 2, 2]))
     scale0, scale2 = tl.split(even)
@@ -167,12 +167,20 @@ def log2_sum(base, total):
     return tl.where(total > 0.0, exact, base + tl.log2(total))
 
 
-@triton.jit(do_not_specialize=["heads", "head_blocks", "s_q", "topk", "splits", "split_size"])
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "head_blocks",
+        "s_q",
+        "splits",
+        "split_size",
+        "topk",
+        "page_magic",
+        "page_shift",
+    ]
+)
 def attend_tokens_first(
     q_ptr,  # arguments as of triton_kernel.attend
-    kv_ptr,
-    indices_ptr,
-    lengths_ptr,
     sink_ptr,
     out_ptr,
     lse_ptr,
@@ -180,18 +188,26 @@ def attend_tokens_first(
     q_stride_b,
     q_stride_s,
     q_stride_h,
-    indices_stride_b,
-    indices_stride_s,
-    page_stride,
-    page_size,
-    last_slot,
     s_q,
     heads,
     head_blocks,
-    topk,
     splits,
     split_size,
     scale_log2,
+    kv_ptr,
+    indices_ptr,
+    lengths_ptr,
+    tensor_scale_ptr,
+    indices_stride_b,
+    indices_stride_s,
+    topk,
+    page_magic,
+    page_shift,
+    page_gap,
+    table_gap,
+    table,
+    last_slot,
+    LAYOUT: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr,
     PACKED: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -199,7 +215,7 @@ def attend_tokens_first(
     BLOCK_T: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """`triton_kernel.attend` for v32_fp8 rows. BLOCK_T is a multiple of 64."""
+    """`triton_kernel.attend` for a cache with a scale per 128 dims. BLOCK_T: multiples of 64."""
     pid = tl.program_id(0)
     head_block = pid % head_blocks
     split = (pid // head_blocks) % splits
@@ -212,7 +228,7 @@ def attend_tokens_first(
     head_ok = head < heads
     q_mask = head_ok[:, None]
     dims = column_dims(True)
-    rope_dims = tl.arange(0, 64)[None, :]
+    ROPE: tl.constexpr = rope_dims(LAYOUT) > 0
     columns = tl.arange(0, BLOCK_T)
 
     q_rows = q_ptr + b * q_stride_b + s * q_stride_s + head[:, None].to(tl.int64) * q_stride_h
@@ -220,10 +236,13 @@ def attend_tokens_first(
     q1 = tl.load(q_rows + (dims + 128), mask=q_mask, other=0.0).to(tl.float32)
     q2 = tl.load(q_rows + (dims + 256), mask=q_mask, other=0.0).to(tl.float32)
     q3 = tl.load(q_rows + (dims + 384), mask=q_mask, other=0.0).to(tl.float32)
-    q_rope = tl.load(q_rows + (rope_dims + 512), mask=q_mask, other=0.0).to(tl.float32)
+    top = tl.max(largest(q0, q1, q2, q3), 1)
+    if ROPE:
+        rope = q_rows + (512 + tl.arange(0, 64))[None, :]
+        q_rope = tl.load(rope, mask=q_mask, other=0.0).to(tl.float32)
+        top = tl.maximum(top, tl.max(tl.abs(q_rope), 1))
     # A head's query times a power of two: at most 2^15, what fp16 holds, and exact for all that
     # matters beside its largest. 15 and 254 keep the power itself a normal float32.
-    top = tl.maximum(tl.max(largest(q0, q1, q2, q3), 1), tl.max(tl.abs(q_rope), 1))
     exponent = tl.minimum(tl.maximum(exponent_bits(top) >> 23, 15), 254)
     up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
     head_scale = scale_log2 * ((exponent - 14) << 23).to(tl.float32, bitcast=True)
@@ -231,7 +250,8 @@ def attend_tokens_first(
     q1 = tl.trans((q1 * up).to(tl.float16))
     q2 = tl.trans((q2 * up).to(tl.float16))
     q3 = tl.trans((q3 * up).to(tl.float16))
-    q_rope = tl.trans((q_rope * up).to(tl.bfloat16))
+    if ROPE:
+        q_rope = tl.trans((q_rope * up).to(tl.bfloat16))
 
     limit = topk
     if lengths_ptr is not None:
@@ -267,15 +287,18 @@ def attend_tokens_first(
         slot = tl.where(ok, next_slot, 0)
         next_slot = load_slots(line, start + BLOCK_T + columns, limit)
         wanted = (asked_slot >= 0) & (asked_slot <= last_slot) & (line_of_row < 6)
-        ahead = row_offset(asked_slot, page_size, page_stride, TOKEN_STRIDE, PACKED)
+        asked_page = page_of(asked_slot, page_magic, page_shift)
+        ahead = row_offset(asked_slot, asked_page, page_gap, TOKEN_STRIDE, PACKED)
         prefetch(kv_ptr + (ahead + line_of_row * 128), wanted)
         asked_slot = load_slots(line, start + 2 * BLOCK_T + asked, limit)
-        rows = kv_ptr + row_offset(slot, page_size, page_stride, TOKEN_STRIDE, PACKED)
+        page = page_of(slot, page_magic, page_shift)
+        rows = kv_ptr + row_offset(slot, page, page_gap, TOKEN_STRIDE, PACKED)
         mask = ok[:, None]
 
         words0 = load_words(rows, 0, mask)
-        rope_words = load_words(rows, 528, mask)
-        scale0, scale1, scale2, scale3 = load_scales(rows, mask, BLOCK_T)
+        if ROPE:
+            rope_words = load_words(rows, LAYOUT.rope.offset, mask)
+        scale0, scale1, scale2, scale3 = load_scales(rows + LAYOUT.scales.offset, mask, BLOCK_T)
         words1 = load_words(rows, 128, mask)
         if EARLY:
             words2 = load_words(rows, 256, mask)
@@ -298,7 +321,9 @@ def attend_tokens_first(
             scale1 *= less
             scale2 *= less
             scale3 *= less
-            logits = dot(to_bf16_pairs(rope_words), q_rope, zero) * less[:, None]
+            logits = zero
+            if ROPE:
+                logits = dot(to_bf16_pairs(rope_words), q_rope, zero) * less[:, None]
             logits += dot(k0, q0, zero) * scale0[:, None]
             k1 = interleave(to_fp16(words1))
             for _1 in tl.range(0, once, disable_licm=True):

@@ -17,5 +17,5 @@ def run(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Prefill; see interface.prefill."""
-    out, lse, max_logits = attend(q, cache, indices, topk_length, attn_sink, scale)
+    out, lse, max_logits = attend(q, [(cache, indices, topk_length)], attn_sink, scale)
     return out, max_logits, lse

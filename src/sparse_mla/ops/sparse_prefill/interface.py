@@ -11,7 +11,14 @@ import torch
 from ... import arch, dispatch
 from ...kv_cache import KVCache
 from ...kv_layout import get_layout
-from ..checks import check_backend, check_indices, check_query, check_scale, check_vector
+from ..checks import (
+    check_backend,
+    check_indices,
+    check_main_cache,
+    check_query,
+    check_scale,
+    check_vector,
+)
 
 _BF16_LAYOUTS = {576: "bf16", 512: "bf16_nope"}
 
@@ -48,6 +55,7 @@ def prefill(
         NotImplementedError: no backend supports the call.
     """
     cache = kv if isinstance(kv, KVCache) else rows_as_cache(kv)
+    check_main_cache("kv", cache)
     check_query(q, ("s_q", "h_q", "d_qk"), cache)
     s_q, heads, d_qk = q.shape
     if isinstance(indices, torch.Tensor) and indices.dim() == 3 and indices.shape[1] == 1:
@@ -61,6 +69,7 @@ def prefill(
         cache.layout.name,
         cache.page_size,
         cache.token_stride,
+        cache.tensor_scale,
         indices,
         topk_length,
         attn_sink,
@@ -94,13 +103,14 @@ def _sparse_prefill(
     layout: str,
     page_size: int,
     token_stride: int,
+    tensor_scale: torch.Tensor | None,
     indices: torch.Tensor,
     topk_length: torch.Tensor | None,
     attn_sink: torch.Tensor | None,
     scale: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    cache = KVCache(pages, page_size, get_layout(layout), token_stride)
+    cache = KVCache(pages, page_size, get_layout(layout), token_stride, tensor_scale)
     request = dispatch.Request(
         op="prefill",
         layout=layout,
@@ -120,6 +130,7 @@ def _(
     layout: str,
     page_size: int,
     token_stride: int,
+    tensor_scale: torch.Tensor | None,
     indices: torch.Tensor,
     topk_length: torch.Tensor | None,
     attn_sink: torch.Tensor | None,

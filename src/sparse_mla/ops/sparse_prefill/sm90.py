@@ -15,7 +15,9 @@ import triton.language as tl
 
 from ... import arch
 from ...kv_cache import KVCache
-from ..sparse_decode import sm90_fp8, triton_kernel
+from ..sparse_decode import sm90_expand, sm90_fp8, triton_kernel
+from ..sparse_decode.backends import SM90_EXPANDED
+from ..sparse_decode.source import Source
 from . import sm90_few_heads_kernel, sm90_kernel
 
 # Bytes that a lane copies at once.
@@ -83,12 +85,17 @@ def run(
     attn_sink: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Prefill; see interface.prefill. FP8 caches go to decode's kernels."""
+    """Prefill; see interface.prefill. Quantised caches go to decode's kernels."""
     # One "sequence" per query token, so that lengths are per token.
     sequences = q.unsqueeze(1), cache, indices.unsqueeze(1), topk_length, attn_sink, scale
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(q):
-        if cache.layout.quantised:
+        if cache.layout.name in SM90_EXPANDED:
+            source = Source(cache, indices.unsqueeze(1), topk_length)
+            out, lse, max_logits = sm90_expand.attend(
+                q.unsqueeze(1), [source], attn_sink, scale, 1, batch_invariant=False, want_max=True
+            )
+        elif cache.layout.quantised:
             out, lse, max_logits = sm90_fp8.attend(
                 *sequences, num_splits=1, batch_invariant=False, want_max=True
             )

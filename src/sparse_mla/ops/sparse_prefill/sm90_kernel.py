@@ -404,6 +404,110 @@ def out_factor(exact, rounded, base, sink_ptr, items, item, SPLIT: gl.constexpr)
 
 
 @gluon.jit
+def attend_pairs(
+    shared,
+    pairs,
+    done,
+    scale_log2,
+    HALF: gl.constexpr,  # 0: left, 1: right
+    D_ROPE: gl.constexpr,
+    ROUNDED_SUMS: gl.constexpr,
+    OUT: gl.constexpr = OUT,
+):
+    """A consumer's part of `pairs` pairs of tiles, after `done` pairs of earlier items.
+
+    Returns acc [64, 256], not normalised, the running maximum and the sums over the own tiles of P
+    and of P as it was rounded. The last odd tile's values stay the consumer's.
+    """
+    OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    values = shared.k_left if HALF == 0 else shared.k_right
+    values_free = shared.left_free if HALF == 0 else shared.right_free
+    own_p = shared.p0 if HALF == 0 else shared.p1
+    base = gl.full([TILE], -INF, gl.float32, layout=LOGIT_ROWS)
+    exact = gl.zeros([TILE], gl.float32, layout=LOGIT_ROWS)
+    rounded = exact
+    acc = gl.zeros([TILE, 256], gl.float32, layout=OUT)
+    for j in range(pairs):
+        zero = opaque_zero(j)
+        phase = (done + j) & 1
+        s = tile_logits(shared, HALF, zero, phase, scale_log2, D_ROPE)
+        peak = gl.max(s, 1)
+        if HALF == 0:
+            even_base = gl.maximum(base, peak)
+            new_base = even_base
+        else:
+            mbarrier.wait(shared.p_full.index(0), phase)
+            even_base = shared.base.index(0).load(LOGIT_ROWS)
+            new_base = gl.maximum(even_base, peak)
+        shift = finite(new_base)
+        p = exp2(s - shift[:, None])
+        weights, p_rounded = round_weights(p)
+        shared.base.index(HALF).store(new_base)
+        own_p.index(zero).store(weights)
+        fence_async_shared()
+        barrier()
+        mbarrier.arrive(shared.p_full.index(HALF), count=1)
+        if HALF == 1:
+            mbarrier.arrive(shared.q_free, count=1, pred=j == pairs - 1)
+
+        decay = exp2(base - finite(even_base))
+        acc = warpgroup_mma_init(acc * gl.convert_layout(decay, OUT_ROWS)[:, None])
+        if HALF == 0:
+            own = gl.convert_layout(weights, WEIGHTS)
+            acc = warpgroup_mma(own, values.index(zero), acc, is_async=True)
+            exact = exact * decay + gl.sum(p, 1)
+            if ROUNDED_SUMS:
+                rounded = rounded * decay + gl.sum(p_rounded, 1)
+        else:
+            acc = warpgroup_mma(shared.p0.index(zero), values.index(zero), acc, is_async=True)
+            odd_decay = exp2(even_base - shift)
+            exact = exact * (decay * odd_decay) + gl.sum(p, 1)
+            if ROUNDED_SUMS:
+                rounded = rounded * (decay * odd_decay) + gl.sum(p_rounded, 1)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        barrier()
+        mbarrier.arrive(values_free.index(0), count=1)
+
+        if HALF == 0:
+            mbarrier.wait(shared.p_full.index(1), phase)
+            base = shared.base.index(1).load(LOGIT_ROWS)
+            decay = exp2(even_base - finite(base))
+            exact = exact * decay
+            if ROUNDED_SUMS:
+                rounded = rounded * decay
+            acc = warpgroup_mma_init(acc * gl.convert_layout(decay, OUT_ROWS)[:, None])
+            acc = warpgroup_mma(shared.p1.index(zero), values.index(1 + zero), acc, is_async=True)
+        else:
+            base = new_base
+            acc = warpgroup_mma_init(acc * gl.convert_layout(odd_decay, OUT_ROWS)[:, None])
+            own = gl.convert_layout(weights, WEIGHTS)
+            acc = warpgroup_mma(own, values.index(1 + zero), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        barrier()
+        # The last pair's tile becomes the staging buffer of the output first.
+        mbarrier.arrive(values_free.index(1), count=1, pred=j < pairs - 1)
+    return acc, base, exact, rounded
+
+
+@gluon.jit
+def both_sums(shared, exact, rounded, item_phase, HALF: gl.constexpr, ROUNDED_SUMS: gl.constexpr):
+    """The sums of `attend_pairs` over both consumers' tiles."""
+    shared.sums.index(2 * HALF).store(exact)
+    if ROUNDED_SUMS:
+        shared.sums.index(2 * HALF + 1).store(rounded)
+    barrier()
+    mbarrier.arrive(shared.sums_full.index(HALF), count=1)
+    mbarrier.wait(shared.sums_full.index(1 - HALF), item_phase)
+    exact = exact + shared.sums.index(2 - 2 * HALF).load(LOGIT_ROWS)
+    if ROUNDED_SUMS:
+        rounded = rounded + shared.sums.index(3 - 2 * HALF).load(LOGIT_ROWS)
+    else:
+        rounded = exact
+    return exact, rounded
+
+
+@gluon.jit
 def attend_half(
     items,
     shared,
@@ -421,89 +525,15 @@ def attend_half(
     """A consumer: softmax of one tile of each pair, half of the output's columns."""
     values = shared.k_left if HALF == 0 else shared.k_right
     values_free = shared.left_free if HALF == 0 else shared.right_free
-    own_p = shared.p0 if HALF == 0 else shared.p1
     done = 0
     item_phase = 0
     for item in range(gl.program_id(0), items.count, gl.num_programs(0)):
         pairs = items.pairs(item, lengths)
-        base = gl.full([TILE], -INF, gl.float32, layout=LOGIT_ROWS)
-        exact = gl.zeros([TILE], gl.float32, layout=LOGIT_ROWS)
-        rounded = exact
-        acc = gl.zeros([TILE, 256], gl.float32, layout=OUT)
         mbarrier.wait(shared.q_full, item_phase)
-        for j in range(pairs):
-            zero = opaque_zero(j)
-            phase = (done + j) & 1
-            s = tile_logits(shared, HALF, zero, phase, scale_log2, D_ROPE)
-            peak = gl.max(s, 1)
-            if HALF == 0:
-                even_base = gl.maximum(base, peak)
-                new_base = even_base
-            else:
-                mbarrier.wait(shared.p_full.index(0), phase)
-                even_base = shared.base.index(0).load(LOGIT_ROWS)
-                new_base = gl.maximum(even_base, peak)
-            shift = finite(new_base)
-            p = exp2(s - shift[:, None])
-            weights, p_rounded = round_weights(p)
-            shared.base.index(HALF).store(new_base)
-            own_p.index(zero).store(weights)
-            fence_async_shared()
-            barrier()
-            mbarrier.arrive(shared.p_full.index(HALF), count=1)
-            if HALF == 1:
-                mbarrier.arrive(shared.q_free, count=1, pred=j == pairs - 1)
-
-            decay = exp2(base - finite(even_base))
-            acc = warpgroup_mma_init(acc * gl.convert_layout(decay, OUT_ROWS)[:, None])
-            if HALF == 0:
-                own = gl.convert_layout(weights, WEIGHTS)
-                acc = warpgroup_mma(own, values.index(zero), acc, is_async=True)
-                exact = exact * decay + gl.sum(p, 1)
-                if ROUNDED_SUMS:
-                    rounded = rounded * decay + gl.sum(p_rounded, 1)
-            else:
-                acc = warpgroup_mma(shared.p0.index(zero), values.index(zero), acc, is_async=True)
-                odd_decay = exp2(even_base - shift)
-                exact = exact * (decay * odd_decay) + gl.sum(p, 1)
-                if ROUNDED_SUMS:
-                    rounded = rounded * (decay * odd_decay) + gl.sum(p_rounded, 1)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            barrier()
-            mbarrier.arrive(values_free.index(0), count=1)
-
-            if HALF == 0:
-                mbarrier.wait(shared.p_full.index(1), phase)
-                base = shared.base.index(1).load(LOGIT_ROWS)
-                decay = exp2(even_base - finite(base))
-                exact = exact * decay
-                if ROUNDED_SUMS:
-                    rounded = rounded * decay
-                acc = warpgroup_mma_init(acc * gl.convert_layout(decay, OUT_ROWS)[:, None])
-                acc = warpgroup_mma(
-                    shared.p1.index(zero), values.index(1 + zero), acc, is_async=True
-                )
-            else:
-                base = new_base
-                acc = warpgroup_mma_init(acc * gl.convert_layout(odd_decay, OUT_ROWS)[:, None])
-                own = gl.convert_layout(weights, WEIGHTS)
-                acc = warpgroup_mma(own, values.index(1 + zero), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            barrier()
-            # The last pair's tile becomes the staging buffer of the output first.
-            mbarrier.arrive(values_free.index(1), count=1, pred=j < pairs - 1)
-
-        shared.sums.index(2 * HALF).store(exact)
-        if ROUNDED_SUMS:
-            shared.sums.index(2 * HALF + 1).store(rounded)
-        barrier()
-        mbarrier.arrive(shared.sums_full.index(HALF), count=1)
-        mbarrier.wait(shared.sums_full.index(1 - HALF), item_phase)
-        exact = exact + shared.sums.index(2 - 2 * HALF).load(LOGIT_ROWS)
-        if ROUNDED_SUMS:
-            rounded = rounded + shared.sums.index(3 - 2 * HALF).load(LOGIT_ROWS)
-        else:
-            rounded = exact
+        acc, base, exact, rounded = attend_pairs(
+            shared, pairs, done, scale_log2, HALF, D_ROPE, ROUNDED_SUMS
+        )
+        exact, rounded = both_sums(shared, exact, rounded, item_phase, HALF, ROUNDED_SUMS)
         factor, lse = out_factor(exact, rounded, base, sink_ptr, items, item, SPLIT)
         store_out(acc, factor, values.index(1), out_ptr, items, item, 256 * HALF, SPLIT)
         barrier()

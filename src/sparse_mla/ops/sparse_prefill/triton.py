@@ -7,6 +7,7 @@ import torch
 from ... import arch
 from ...kv_cache import KVCache
 from ..sparse_decode.config import launch_for
+from ..sparse_decode.source import Source
 from ..sparse_decode.triton import launch_attend
 
 
@@ -19,13 +20,11 @@ def run(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Prefill; see interface.prefill."""
-    launch = launch_for(arch.of(q.device), q.shape[1], cache.layout.quantised)
+    launch = launch_for(arch.of(q.device), q.shape[1], [cache.layout])
     out, lse, max_logits = launch_attend(
         # One "sequence" per query token, so that lengths are per token.
         q.unsqueeze(1),
-        cache,
-        indices.unsqueeze(1),
-        topk_length,
+        [Source(cache, indices.unsqueeze(1), topk_length)],
         attn_sink,
         scale,
         1,

@@ -1,0 +1,175 @@
+"""`install()`: our module in sys.modules under the names that FlashMLA's users import.
+
+Nothing is patched when this package is imported. What is installed are modules of their own with
+the functions of `sparse_mla.compat.flash_mla` in them, so that a name's presence in sys.modules is
+all that changes, and `uninstall()` puts back what was there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+SOURCE = "sparse_mla.compat.flash_mla"
+
+# FlashMLA's version whose interface this is.
+VERSION = "1.0.0+sparse.mla"
+
+FLASH_MLA = ("flash_mla", "flash_mla.flash_mla_interface")
+SGLANG = ("sgl_kernel.flash_mla",)
+# The interface file that vLLM vendors, the package around it, and its own checks before both.
+VLLM = (
+    "vllm.third_party.flashmla",
+    "vllm.third_party.flashmla.flash_mla_interface",
+    "vllm.v1.attention.ops.flashmla",
+)
+NAMES = (*FLASH_MLA, *SGLANG, *VLLM)
+_PACKAGES = ("flash_mla", "vllm.third_party.flashmla")
+
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What a name stood for before it was installed: the module, and its parent's attribute."""
+
+    installed: ModuleType
+    module: object
+    attribute: object
+
+
+_before: dict[str, _Before] = {}
+
+
+def install(names: Iterable[str] = NAMES, *, force: bool = False) -> None:
+    """Make imports of `names` find FlashMLA's functions on our kernels.
+
+        import sparse_mla.compat.flash_mla
+        sparse_mla.compat.flash_mla.install()
+        import flash_mla                     # ours
+        from sgl_kernel.flash_mla import flash_mla_with_kvcache   # ours too
+
+    Parent packages are neither imported nor made up: the names below `sgl_kernel` and `vllm` are
+    found by `from ... import` with or without them, by `import sgl_kernel.flash_mla` only where
+    sgl_kernel is installed. Code that imported a function from the real module before keeps it.
+    Names that are installed already are left as they are.
+
+    Args:
+        names: out of `install.NAMES`.
+        force: replace modules that are already imported, until `uninstall()`.
+
+    Raises:
+        ValueError: an unknown name; or a real module of one of the names is already imported, and
+            `force` is False. Nothing is installed then.
+    """
+    names = tuple(names)
+    for name in names:
+        if name not in NAMES:
+            raise ValueError(f"name is {name!r}, allowed: {', '.join(NAMES)}")
+    wanted = [name for name in names if name not in _before]
+    taken = [name for name in wanted if name in sys.modules]
+    if taken and not force:
+        raise ValueError(
+            f"{', '.join(taken)} is already imported: install() before that, or with force=True"
+        )
+    for name in wanted:
+        module = _make(name)
+        parent, attribute = _parent(name)
+        had = getattr(parent, attribute, _MISSING) if parent is not None else _MISSING
+        _before[name] = _Before(module, sys.modules.get(name, _MISSING), had)
+        sys.modules[name] = module
+        if parent is not None:
+            setattr(parent, attribute, module)
+
+
+def uninstall() -> None:
+    """Put back what `install()` replaced; what others have since put in its place stays."""
+    for name in reversed(tuple(_before)):
+        before = _before.pop(name)
+        if sys.modules.get(name) is before.installed:
+            if before.module is _MISSING:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = before.module  # type: ignore[assignment]
+        parent, attribute = _parent(name)
+        if parent is None or getattr(parent, attribute, None) is not before.installed:
+            continue
+        if before.attribute is _MISSING:
+            delattr(parent, attribute)
+        else:
+            setattr(parent, attribute, before.attribute)
+
+
+def _parent(name: str) -> tuple[ModuleType | None, str]:
+    parent, _, attribute = name.rpartition(".")
+    return sys.modules.get(parent) if parent else None, attribute
+
+
+def _make(name: str) -> ModuleType:
+    source = importlib.import_module(SOURCE)
+    package = name in _PACKAGES
+    module: Any = ModuleType(name, source.__doc__)
+    module.__spec__ = ModuleSpec(name, None, origin=SOURCE, is_package=package)
+    module.__package__ = name if package else name.rpartition(".")[0]
+    module.__version__ = VERSION
+    if package:
+        module.__path__ = []
+    contents = {n: getattr(source, n) for n in source.__all__ if n not in ("install", "uninstall")}
+    if name == SGLANG[0]:
+        contents["flash_mla_with_kvcache"] = _of_2025(source.flash_mla_with_kvcache)
+    if name == VLLM[-1]:
+        contents.update(_vllm_checks())
+    vars(module).update(contents)
+    module.__all__ = sorted(contents)
+    return module
+
+
+def _of_2025(decode: Callable[..., Any]) -> Callable[..., Any]:
+    """Decode that also takes what SGLang's copy of FlashMLA's interface of 2025 passes.
+
+    That one has a tensor for num_splits, and descale_q and descale_k, which only its FP8 queries
+    use; by keyword, as they stand before is_fp8_kvcache there.
+    """
+
+    def flash_mla_with_kvcache(
+        *args: Any, descale_q: object = None, descale_k: object = None, **kwargs: Any
+    ) -> Any:
+        if descale_q is not None or descale_k is not None:
+            raise NotImplementedError("descale_q and descale_k: FP8 queries are not offered")
+        return decode(*args, **kwargs)
+
+    flash_mla_with_kvcache.__doc__ = decode.__doc__
+    return flash_mla_with_kvcache
+
+
+def _vllm_checks() -> dict[str, Callable[..., Any]]:
+    """What vLLM's own module has beside FlashMLA's names."""
+
+    def is_flashmla_sparse_supported() -> tuple[bool, str | None]:
+        return True, None
+
+    def is_flashmla_dense_supported() -> tuple[bool, str | None]:
+        from .. import dispatch
+
+        if "dense_decode" in dispatch.OPS:
+            return True, None
+        return False, "dense decode is not supported yet"
+
+    def get_mla_metadata_dense_fp8(*args: object, **kwargs: object) -> None:
+        raise NotImplementedError("get_mla_metadata_dense_fp8: FP8 queries are not offered")
+
+    def flash_mla_with_kvcache_fp8(*args: object, **kwargs: object) -> None:
+        raise NotImplementedError("flash_mla_with_kvcache_fp8: FP8 queries are not offered")
+
+    functions = (
+        is_flashmla_sparse_supported,
+        is_flashmla_dense_supported,
+        get_mla_metadata_dense_fp8,
+        flash_mla_with_kvcache_fp8,
+    )
+    return {function.__name__: function for function in functions}

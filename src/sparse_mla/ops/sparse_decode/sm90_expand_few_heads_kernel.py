@@ -1,0 +1,217 @@
+"""The consumers of the Hopper kernel for expanded caches, up to 32 heads.
+
+As in sparse_prefill/sm90_few_heads_kernel.py the operands are swapped, so that tokens and output
+dims, not heads, fill the 64 rows that a warpgroup instruction has at least, and up to 16 heads have
+P as the sum of two bf16. As with 64 heads each of two consumers has the logits and the softmax of
+one tile of a pair, and half of the output's dims for both tiles.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from ..gluon_compat import barrier, reinterpret
+from ..sparse_prefill.sm90_few_heads_kernel import (
+    OUT,
+    WIDTH,
+    add_logits,
+    add_values,
+    store_half,
+    sum_chains,
+    twice,
+)
+from ..sparse_prefill.sm90_kernel import (
+    INF,
+    LN2,
+    TILE,
+    exp2,
+    finite,
+    log2,
+    opaque_zero,
+    round_weights,
+    sink_factor,
+)
+from .sm90_expand_plan_kernel import entries, pair_count
+
+
+@gluon.jit
+def tile_logits(shared, TILE_OF_PAIR: gl.constexpr, zero, phase, scale_log2, HEADS: gl.constexpr):
+    """Logits of a tile in the log2 domain, [64 tokens, HEADS], -inf for masked tokens."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEADS, 16])
+    none = gl.zeros([TILE, HEADS], gl.float32, layout=layout)
+    chains = (warpgroup_mma_init(none), warpgroup_mma_init(none))
+    if HEADS < WIDTH:
+        chains += (warpgroup_mma_init(none), warpgroup_mma_init(none))
+    mbarrier.wait(shared.left_full.index(TILE_OF_PAIR), phase)
+    k = shared.k_left.index(TILE_OF_PAIR + zero)
+    chains = add_logits(chains, k, shared.q_left.index(zero))
+    mbarrier.wait(shared.right_full.index(TILE_OF_PAIR), phase)
+    k = shared.k_right.index(TILE_OF_PAIR + zero)
+    chains = add_logits(chains, k, shared.q_right.index(zero))
+    bias = shared.bias.index(TILE_OF_PAIR).load(gl.SliceLayout(1, layout))
+    return sum_chains(chains) * scale_log2 + bias[:, None]
+
+
+@gluon.jit
+def peak_of(s, peaks, HEADS: gl.constexpr):
+    """The maximum over tokens [HEADS] of s [64, HEADS]; the warps' maxima meet in `peaks`."""
+    by_head: gl.constexpr = gl.SliceLayout(0, s.type.layout)
+    rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    reinterpret(peaks, gl.float32, [4, HEADS], rows).store(gl.max(gl.reshape(s, [4, 16, HEADS]), 1))
+    barrier()
+    warps = reinterpret(peaks, gl.float32, [4, HEADS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    peak = warps.index(0).load(by_head)
+    for warp in gl.static_range(1, 4):
+        peak = gl.maximum(peak, warps.index(warp).load(by_head))
+    return peak
+
+
+@gluon.jit
+def attend_half_few(
+    shape,
+    work,
+    shared,
+    peaks,
+    lengths,
+    extra_lengths,
+    sink_ptr,
+    out_ptr,
+    lse_ptr,
+    max_ptr,
+    parts_ptr,
+    parts_lse_ptr,
+    scale_log2,
+    HALF: gl.constexpr,  # 0: left, 1: right
+    BALANCED: gl.constexpr,
+    HEADS: gl.constexpr,  # 16 or 32
+):
+    """A consumer: softmax of one tile of each pair, half of the output's dims."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEADS, 16])
+    by_head: gl.constexpr = gl.SliceLayout(0, layout)
+    by_column: gl.constexpr = gl.SliceLayout(0, OUT)
+    values = shared.k_left if HALF == 0 else shared.k_right
+    values_free = shared.left_free if HALF == 0 else shared.right_free
+    own_p = shared.p0 if HALF == 0 else shared.p1
+    head = gl.arange(0, HEADS, layout=by_head)
+    done = 0
+    item_phase = 0
+    start = work.start
+    for item in range(work.begin, work.end, work.step):
+        b = shape.sequence(item if BALANCED else shape.item_of(item))
+        in_lists = pair_count(
+            entries(shape.topk, lengths, b), entries(shape.extra_topk, extra_lengths, b)
+        )
+        which, first, last, slot = work.cut(shape, item, start, in_lists, BALANCED)
+        pairs = last - first
+        base = gl.full([HEADS], -INF, gl.float32, layout=by_head)
+        # Each thread sums its own tokens until the end.
+        exact = gl.zeros([TILE, HEADS], gl.float32, layout=layout)
+        rounded = exact
+        # Four blocks of 64 dims.
+        none = gl.zeros([64, WIDTH], gl.float32, layout=OUT)
+        blocks = (none, none, none, none)
+        mbarrier.wait(shared.q_full, item_phase)
+        for j in range(pairs):
+            zero = opaque_zero(j)
+            phase = (done + j) & 1
+            s = tile_logits(shared, HALF, zero, phase, scale_log2, HEADS)
+            peak = peak_of(s, peaks.index(HALF), HEADS)
+            if HALF == 0:
+                even_base = gl.maximum(base, peak)
+                new_base = even_base
+            else:
+                mbarrier.wait(shared.p_full.index(0), phase)
+                even_base = shared.base.index(0).load(by_head)
+                new_base = gl.maximum(even_base, peak)
+            shift = finite(new_base)
+            p = exp2(s - shift[None, :])
+            shared.base.index(HALF).store(new_base)
+            p_rounded = p
+            if HEADS < WIDTH:
+                high = p.to(gl.bfloat16)
+                low = (p - high.to(gl.float32)).to(gl.bfloat16)
+                both = gl.reshape(gl.permute(gl.join(high, low), (0, 2, 1)), [TILE, WIDTH])
+                own_p.index(zero).store(both)
+            else:
+                weights, p_rounded = round_weights(p)
+                own_p.index(zero).store(weights)
+            fence_async_shared()
+            barrier()
+            mbarrier.arrive(shared.p_full.index(HALF), count=1)
+            if HALF == 1:
+                mbarrier.arrive(shared.q_free, count=1, pred=j == pairs - 1)
+
+            decay = exp2(base - finite(even_base))
+            blocks = add_values(
+                blocks, twice(decay, by_column)[None, :], values.index(zero), shared.p0.index(zero)
+            )
+            if HALF == 1:
+                odd_decay = exp2(even_base - shift)
+                decay = decay * odd_decay
+            exact = exact * decay[None, :] + p
+            if HEADS == WIDTH:
+                rounded = rounded * decay[None, :] + p_rounded
+            blocks = warpgroup_mma_wait(0, deps=blocks)
+            barrier()
+            mbarrier.arrive(values_free.index(0), count=1)
+
+            if HALF == 0:
+                mbarrier.wait(shared.p_full.index(1), phase)
+                base = shared.base.index(1).load(by_head)
+                decay = exp2(even_base - finite(base))
+                exact = exact * decay[None, :]
+                if HEADS == WIDTH:
+                    rounded = rounded * decay[None, :]
+            else:
+                base = new_base
+                decay = odd_decay
+            blocks = add_values(
+                blocks,
+                twice(decay, by_column)[None, :],
+                values.index(1 + zero),
+                shared.p1.index(zero),
+            )
+            blocks = warpgroup_mma_wait(0, deps=blocks)
+            barrier()
+            # The last pair's tile becomes the staging buffer of the output first.
+            mbarrier.arrive(values_free.index(1), count=1, pred=j < pairs - 1)
+
+        shared.sums.index(2 * HALF).store(gl.sum(exact, 0))
+        if HEADS == WIDTH:
+            shared.sums.index(2 * HALF + 1).store(gl.sum(rounded, 0))
+        barrier()
+        mbarrier.arrive(shared.sums_full.index(HALF), count=1)
+        mbarrier.wait(shared.sums_full.index(1 - HALF), item_phase)
+        total = shared.sums.index(0).load(by_head) + shared.sums.index(2).load(by_head)
+        lse = gl.where(total == 0.0, -INF, base + log2(total))
+        if HEADS == WIDTH:
+            total = shared.sums.index(1).load(by_head) + shared.sums.index(3).load(by_head)
+        factor = gl.where(total == 0.0, 0.0, 1.0 / total)
+        heads = shape.heads
+        staging = values.index(1).slice(0, HEADS, dim=0)
+        if slot < 0:
+            lse = lse * LN2
+            if sink_ptr is not None:
+                sink = gl.load(sink_ptr + head, mask=head < heads, other=0.0)
+                factor = factor * sink_factor(lse, sink)
+            out = out_ptr + shape.row(which) * 512
+            store_half(blocks, factor, staging, out, heads, HEADS, 256 * HALF, False)
+            if HALF == 0:
+                gl.store(lse_ptr + shape.row(which) + head, lse, mask=head < heads)
+                if max_ptr is not None:
+                    gl.store(max_ptr + shape.row(which) + head, base * LN2, mask=head < heads)
+        else:
+            part = parts_ptr + slot.to(gl.int64) * (64 * 512)
+            store_half(blocks, factor, staging, part, heads, HEADS, 256 * HALF, True)
+            if HALF == 0:
+                gl.store(parts_lse_ptr + slot * 64 + head, lse, mask=head < heads)
+        barrier()
+        mbarrier.arrive(values_free.index(1), count=1)
+        start += in_lists + 1
+        done += pairs
+        item_phase ^= 1
