@@ -83,6 +83,8 @@ MODEL ?= models/tiny-glm5
 PROBLEMS ?= 50
 
 demo: $(VENV)/.eval
+	@test -f $(MODEL)/config.json || { echo "no model in $(MODEL): train one (docs/tiny-model.md)" \
+		"or say where it is, make demo MODEL=FOLDER"; exit 2; }
 	$(BIN)/sparse-mla eval --model $(MODEL) --limit 4 --show 2
 	$(BIN)/sparse-mla eval regression --model $(MODEL) --limit $(PROBLEMS) --html demo.html
 

@@ -65,6 +65,7 @@ def main() -> None:
     finally:
         batches.close()
     trainer.save(given.out / "checkpoint.pt")
+    export(trainer.model, given.out / "model")
     shares = {
         "dense": trainer.evaluate(min(given.problems, 256), sparse=False),
         "sparse": trainer.evaluate(given.problems),
@@ -74,7 +75,6 @@ def main() -> None:
         "seconds": time.monotonic() - begun, "torch": torch.__version__, "rows": trainer.rows,
     }  # fmt: skip
     (given.out / "training.json").write_text(json.dumps(about, indent=1) + "\n")
-    export(trainer.model, given.out / "model")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -179,9 +178,7 @@ def report(
 
 
 def _quiet() -> None:
-    """One bar is enough: those of transformers, datasets and lm-eval are turned off."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    """One bar is enough: transformers' own, and its warnings about generation, are turned off."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
