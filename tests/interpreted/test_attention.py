@@ -216,6 +216,31 @@ def test_every_e4m3_byte() -> None:
     assert torch.equal(out[~want.isnan()], want[~want.isnan()])
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_one_scale_far_above_the_others(launch: str, splits: int) -> None:
+    """Values of 2^40 in one group of one token take nothing from the other groups."""
+    cache = KVCache.empty(4, 64, "v32_fp8")
+    made = torch.Generator().manual_seed(0)
+    cache.append(torch.randn(256, 512, generator=made), torch.randn(256, 64), torch.arange(256))
+    rows = cache.rows_view()
+    scales = rows[..., 512:528].contiguous().view(torch.float32)
+    scales[2, 30, 3] *= 2.0**40
+    rows[..., 512:528] = scales.view(torch.uint8)
+    q = torch.randn(1, 1, 20, 576, generator=made).to(torch.bfloat16)
+    q[..., :512] = 0
+    call = Call(q, cache, torch.arange(256, dtype=torch.int32).view(1, 1, -1))
+    out, lse, _ = launch_attend(
+        q, [Source(cache, call.indices, None)], None, 576**-0.5, splits, LAUNCHES[launch], False
+    )
+    want = call.oracle()
+    assert torch.allclose(lse.double(), want.lse, rtol=0, atol=1e-5)
+    for group in range(4):
+        part = slice(128 * group, 128 * group + 128)
+        error = (out[..., part].double() - want.out[..., part]).norm()
+        assert error <= 3e-3 * want.out[..., part].norm()
+
+
 @pytest.mark.parametrize("launch", ["HEADS_16", "HEADS_64"])
 @pytest.mark.parametrize("extreme", [0.0, 1e-38, 2e38])
 def test_scales_that_have_no_reciprocal(extreme: float, launch: str) -> None:

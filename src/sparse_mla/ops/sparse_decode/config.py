@@ -76,3 +76,11 @@ def launch_for(machine: Arch, heads: int, layouts: Sequence[KVLayout]) -> Launch
     if heads <= 32 or not large or any(layout.latent.count < layout.d_v for layout in layouts):
         return HEADS_32
     return HEADS_64
+
+
+def redo_for(launch: Launch) -> Launch:
+    """The launch of `attend` after a tokens-first one: as many heads a program, tokens that divide.
+
+    It runs for few lists or none, so that only its grid of programs that return counts.
+    """
+    return HEADS_16_WIDE if launch.block_h == HEADS_16_WIDE.block_h else HEADS_32

@@ -11,7 +11,7 @@ import triton
 from ... import arch
 from ...kv_cache import KVCache
 from . import triton_kernel, triton_wgmma_kernel
-from .config import Launch, launch_for, tokens_first_reads
+from .config import Launch, launch_for, redo_for, tokens_first_reads
 from .source import Source
 
 # The fewest tokens that are worth a split of their own.
@@ -87,12 +87,19 @@ def launch_attend(
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(q):
         grid = (b * s_q * head_blocks * splits * launch.value_blocks,)
+        tokens_first = launch.tokens_first and tokens_first_reads(
+            [source.cache.layout for source in sources]
+        )
+        wild = None
+        if tokens_first:
+            wild = torch.empty(splits, b * s_q, dtype=torch.int32, device=q.device)
         arguments = (
             q,
             attn_sink,
             part,
             part_lse,
             max_logits,
+            wild,
             q.stride(0),
             q.stride(1),
             q.stride(2),
@@ -114,20 +121,26 @@ def launch_attend(
             "STAGES": launch.stages,
             "num_warps": launch.num_warps,
         }
-        if launch.tokens_first and tokens_first_reads([s.cache.layout for s in sources]):
+        if tokens_first:
             triton_wgmma_kernel.attend_tokens_first[grid](*arguments, **constants)
-        else:
-            extra = sources[1].cache if len(sources) > 1 else None
-            triton_kernel.attend[grid](
-                *arguments,
-                *(_source_arguments(sources[1]) if extra else [None] * SOURCE_ARGUMENTS),
-                EXTRA_LAYOUT=extra and extra.layout,
-                EXTRA_TOKEN_STRIDE=extra and extra.token_stride,
-                EXTRA_PACKED=extra and _packed(extra),
-                HARDWARE_FP8=machine.capability is not None and machine.capability >= (8, 9),
-                VALUE_BLOCKS=launch.value_blocks,
-                **constants,
-            )
+            # Lists of scales too far apart for fp16 weights, by the kernel of bf16 weights.
+            again = redo_for(launch)
+            constants |= {
+                "BLOCK_T": again.block_t,
+                "STAGES": again.stages,
+                "num_warps": again.num_warps,
+            }
+        extra = sources[1].cache if len(sources) > 1 else None
+        triton_kernel.attend[grid](
+            *arguments,
+            *(_source_arguments(sources[1]) if extra else [None] * SOURCE_ARGUMENTS),
+            EXTRA_LAYOUT=extra and extra.layout,
+            EXTRA_TOKEN_STRIDE=extra and extra.token_stride,
+            EXTRA_PACKED=extra and _packed(extra),
+            HARDWARE_FP8=machine.capability is not None and machine.capability >= (8, 9),
+            VALUE_BLOCKS=launch.value_blocks,
+            **constants,
+        )
         if splits > 1:
             block_d = 256
             triton_kernel.combine[(rows, d_v // block_d)](

@@ -37,6 +37,9 @@ from .triton_rows_kernel import (
 PEAK = tl.constexpr(13.0)
 # How far below it the base is set when it moves; larger moves less often.
 MARGIN = tl.constexpr(6.0)
+# Scales of a list that lie further apart, in powers of two, leave weights below fp16's range:
+# 2^(PEAK - MARGIN - 16) for p = 1 keeps 11 bits for 5 powers of two of p below it.
+SPREAD = tl.constexpr(16)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
@@ -152,6 +155,18 @@ def largest(a, b, c, d):
 
 
 @triton.jit
+def size_of(scale):
+    """The exponent bits of a scale; those of infinity for 0."""
+    bits = exponent_bits(scale)
+    return tl.where(bits == 0, 0x7F800000, bits)
+
+
+@triton.jit
+def smallest(a, b, c, d):
+    return tl.minimum(tl.minimum(size_of(a), size_of(b)), tl.minimum(size_of(c), size_of(d)))
+
+
+@triton.jit
 def thread_sums(p):
     """[T, H] to [T / 16, 8, H]: the sums of what a thread holds, without an exchange."""
     return tl.sum(tl.reshape(p, [p.shape[0] // 16, 2, 8, p.shape[1]]), 1)
@@ -185,6 +200,7 @@ def attend_tokens_first(
     out_ptr,
     lse_ptr,
     max_ptr,
+    wild_ptr,  # [splits, b * s_q] int32: 1 where `attend` must do it again
     q_stride_b,
     q_stride_s,
     q_stride_h,
@@ -269,6 +285,9 @@ def attend_tokens_first(
     zero = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     none = tl.zeros([BLOCK_T, 128], tl.float16)
     peak = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    # Exponent bits of the list's largest and smallest scales.
+    high = tl.zeros([BLOCK_T], tl.int32)
+    low = tl.full([BLOCK_T], 0x7F800000, tl.int32)
     head_chance = head * 0x3504F334  # 2^32 (sqrt(2) - 1) / 2
 
     # All loads at the top of a step where registers allow (16 heads: 120 us against 125).
@@ -311,6 +330,8 @@ def attend_tokens_first(
         once = (start < limit).to(tl.int32)
         for _0 in tl.range(0, once, disable_licm=True):
             unit = exponent_bits(largest(scale0, scale1, scale2, scale3))
+            high = tl.maximum(high, unit)
+            low = tl.minimum(low, smallest(scale0, scale1, scale2, scale3))
             # log2 of the power of two above the scales, P's bound; from 2^-99 to 2^127
             size = (tl.minimum(tl.maximum(unit, 0x0D800000), 0x7E800000) >> 23) - 126.0
             # Scales above 1 are brought below 2 until the head's factor has made S small.
@@ -371,6 +392,9 @@ def attend_tokens_first(
                 k1 = none
             k0 = none
 
+    # Programs of other heads have the same list and write the same.
+    wild = tl.max(high, 0) - tl.min(low, 0) > (SPREAD << 23)
+    tl.store(wild_ptr + split.to(tl.int64) * tokens + token, wild.to(tl.int32))
     total = tl.sum(tl.sum(total, 0), 0)
     lse = log2_sum(base, total)
     factor = tl.full([BLOCK_H], 1.0, tl.float32)
