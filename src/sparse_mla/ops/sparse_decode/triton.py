@@ -92,7 +92,7 @@ def launch_attend(
         )
         wild = None
         if tokens_first:
-            wild = torch.empty(splits, b * s_q, dtype=torch.int32, device=q.device)
+            wild = torch.empty(splits, b * s_q, head_blocks, dtype=torch.int32, device=q.device)
         arguments = (
             q,
             attn_sink,

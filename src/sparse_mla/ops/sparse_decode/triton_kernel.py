@@ -321,7 +321,7 @@ def attend(
     out_ptr,  # [splits, b * s_q, heads, 512], bf16 when unsplit, else float32
     lse_ptr,  # [splits, b * s_q, heads] float32: natural when unsplit, else log2
     max_ptr,  # [b * s_q, heads] float32 natural, or None; only when unsplit
-    wild_ptr,  # [splits, b * s_q] int32: only lists whose entry is not 0; or None: all
+    wild_ptr,  # [splits, b * s_q, head_blocks] int32: only what is not 0; or None: all
     q_stride_b,
     q_stride_s,
     q_stride_h,
@@ -378,8 +378,9 @@ def attend(
     split = (pid // head_blocks) % splits
     token = pid // (head_blocks * splits)
     tokens = tl.num_programs(0) // (head_blocks * splits * VALUE_BLOCKS)
-    if wild_ptr is not None:  # noqa: SIM102 - `and` would load from None
-        if tl.load(wild_ptr + split.to(tl.int64) * tokens + token) == 0:
+    if wild_ptr is not None:
+        at = (split.to(tl.int64) * tokens + token) * head_blocks + head_block
+        if tl.load(wild_ptr + at) == 0:
             return
     b = (token // s_q).to(tl.int64)
     s = (token % s_q).to(tl.int64)

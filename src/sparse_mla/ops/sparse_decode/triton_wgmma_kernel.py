@@ -37,8 +37,9 @@ from .triton_rows_kernel import (
 PEAK = tl.constexpr(13.0)
 # How far below it the base is set when it moves; larger moves less often.
 MARGIN = tl.constexpr(6.0)
-# Scales of a list that lie further apart, in powers of two, leave weights below fp16's range:
-# 2^(PEAK - MARGIN - 16) for p = 1 keeps 11 bits for 5 powers of two of p below it.
+# P is bounded by the largest of a token's scales. Where another of them is smaller by more powers
+# of two than this, weights of its group would leave fp16's range: 2^(PEAK - MARGIN - 16) for the
+# heaviest token keeps 11 bits for 5 powers of two below it.
 SPREAD = tl.constexpr(16)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
@@ -155,15 +156,22 @@ def largest(a, b, c, d):
 
 
 @triton.jit
-def size_of(scale):
-    """The exponent bits of a scale; those of infinity for 0."""
-    bits = exponent_bits(scale)
-    return tl.where(bits == 0, 0x7F800000, bits)
+def spread_of(a, b, c, d, unit):
+    """Ratio of a token's largest and smallest scales, in exponent bits.
+
+    A scale of 0 has no weights to lose and does not count, unless `unit` is above 1: it may then be
+    a number that was brought below the smallest.
+    """
+    high = exponent_bits(largest(a, b, c, d))
+    none = tl.where(unit == 1.0, high, 0)
+    low = tl.minimum(size_of(a, none), size_of(b, none))
+    return high - tl.minimum(low, tl.minimum(size_of(c, none), size_of(d, none)))
 
 
 @triton.jit
-def smallest(a, b, c, d):
-    return tl.minimum(tl.minimum(size_of(a), size_of(b)), tl.minimum(size_of(c), size_of(d)))
+def size_of(scale, none):
+    bits = exponent_bits(scale)
+    return tl.where(bits == 0, none, bits)
 
 
 @triton.jit
@@ -200,7 +208,7 @@ def attend_tokens_first(
     out_ptr,
     lse_ptr,
     max_ptr,
-    wild_ptr,  # [splits, b * s_q] int32: 1 where `attend` must do it again
+    wild_ptr,  # [splits, b * s_q, head_blocks] int32: 1 where `attend` must do it again
     q_stride_b,
     q_stride_s,
     q_stride_h,
@@ -285,9 +293,8 @@ def attend_tokens_first(
     zero = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     none = tl.zeros([BLOCK_T, 128], tl.float16)
     peak = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    # Exponent bits of the list's largest and smallest scales.
-    high = tl.zeros([BLOCK_T], tl.int32)
-    low = tl.full([BLOCK_T], 0x7F800000, tl.int32)
+    wild_ptr += (split.to(tl.int64) * tokens + token) * head_blocks + head_block
+    tl.store(wild_ptr, 0)
     head_chance = head * 0x3504F334  # 2^32 (sqrt(2) - 1) / 2
 
     # All loads at the top of a step where registers allow (16 heads: 120 us against 125).
@@ -330,8 +337,6 @@ def attend_tokens_first(
         once = (start < limit).to(tl.int32)
         for _0 in tl.range(0, once, disable_licm=True):
             unit = exponent_bits(largest(scale0, scale1, scale2, scale3))
-            high = tl.maximum(high, unit)
-            low = tl.minimum(low, smallest(scale0, scale1, scale2, scale3))
             # log2 of the power of two above the scales, P's bound; from 2^-99 to 2^127
             size = (tl.minimum(tl.maximum(unit, 0x0D800000), 0x7E800000) >> 23) - 126.0
             # Scales above 1 are brought below 2 until the head's factor has made S small.
@@ -364,6 +369,10 @@ def attend_tokens_first(
                         if max_ptr is not None:
                             peak = tl.maximum(peak, tl.max(logits, 0))
                         if tl.max(tl.max(logits - base[None, :], 1) + size) > PEAK:
+                            # Weights are lost only where a token of uneven scales moves the base.
+                            spread = spread_of(scale0, scale1, scale2, scale3, unit)
+                            if tl.max(spread, 0) > (SPREAD << 23):
+                                tl.store(wild_ptr, 1)
                             heaviest = tl.max(logits + size[:, None], 0) - PEAK
                             raised = tl.ceil(heaviest) + MARGIN
                             new_base = tl.where(heaviest > base, raised, base)
@@ -392,9 +401,6 @@ def attend_tokens_first(
                 k1 = none
             k0 = none
 
-    # Programs of other heads have the same list and write the same.
-    wild = tl.max(high, 0) - tl.min(low, 0) > (SPREAD << 23)
-    tl.store(wild_ptr + split.to(tl.int64) * tokens + token, wild.to(tl.int32))
     total = tl.sum(tl.sum(total, 0), 0)
     lse = log2_sum(base, total)
     factor = tl.full([BLOCK_H], 1.0, tl.float32)
