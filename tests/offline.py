@@ -71,6 +71,8 @@ class Launched:
         for name, value in sorted(values.items()):
             if isinstance(value, (torch.Tensor, TensorWrapper)):
                 value = (value.dtype, value.data_ptr() % 16 == 0)
+            elif hasattr(value, "block_shape"):  # a TMA descriptor
+                value = (value.base.dtype, value.block_shape)
             elif isinstance(value, int) and name not in constants and name in self.kernel.arg_names:
                 kind = 0 if name in plain else 1 if value == 1 else 16 * (value % 16 == 0)
                 value = (kind, value >= 2**31)
@@ -182,9 +184,21 @@ def call_write(run: Callable[..., object], layout: str) -> None:
     chosen = LAYOUTS[layout]
     scale = torch.ones(1) if chosen.tensor_scale else None
     cache = KVCache.empty(4, 64, chosen, tensor_scale=scale)
-    latent = torch.empty(100, chosen.latent.count, dtype=torch.bfloat16)
-    rope = torch.empty(100, chosen.rope.count, dtype=torch.bfloat16) if chosen.rope else None
-    run(cache, latent, rope, torch.empty(100, dtype=torch.int64), "amax")
+    n = 4096
+    latent = torch.empty(n, chosen.latent.count, dtype=torch.bfloat16)
+    rope = torch.empty(n, chosen.rope.count, dtype=torch.bfloat16) if chosen.rope else None
+    run(cache, latent, rope, torch.empty(n, dtype=torch.int64), "amax")
+
+
+def call_dense(
+    run: Callable[..., object], layout: str, b: int, s_q: int, heads: int, options: bool
+) -> None:
+    """A backend's dense decode; `options`: causal, pages of a shared pool of an odd size."""
+    cache = _cache(layout, 16 if options else 64, options)
+    q = torch.empty(b, s_q, heads, cache.layout.d_qk, dtype=torch.bfloat16)
+    table = torch.empty(b, 100, dtype=torch.int32)
+    lengths = torch.empty(b, dtype=torch.int32)
+    run(q, cache, table, lengths, 0.1, options, 0, False)
 
 
 def _cache(layout: str, page_size: int, options: bool) -> KVCache:
@@ -242,6 +256,11 @@ def builds() -> list[Build]:
                 for variant, (b, options) in shapes.items():
                     label = f"triton-{layout}-h{heads}-{variant}"
                     collect(capability, label, call_decode, run, layout, b, 1, heads, 2048, options)
+        dense = _backend("dense_decode", "triton")
+        for layout in ("bf16", "fp8_tensor"):
+            for heads in (16, 64):
+                label = f"triton-dense-{layout}-h{heads}"
+                collect(capability, label, call_dense, dense, layout, 128, 2, heads // 2, True)
         for layout, extra, heads in OTHER_LAYOUTS[:: 1 if capability in OFTEN else 3]:
             label = f"triton-{layout}{extra and '+'}{extra}-h{heads}-options"
             shape = (layout, 128, 1, heads, 2048, True, extra)
@@ -261,6 +280,7 @@ def _collect_sm90(collect: Callable[..., None]) -> None:
     """The Hopper kernels: what is measured, and every layout and number of heads with options."""
     here = (9, 0)
     decode, prefill = _backend("decode", "sm90"), _backend("prefill", "sm90")
+    dense = _backend("dense_decode", "sm90")
     for w in GPU_WORKLOADS:
         if w.op == "kv_write":
             continue
@@ -271,9 +291,14 @@ def _collect_sm90(collect: Callable[..., None]) -> None:
                 label += f"+{w.extra_topk}" + "-lengths" * w.extra_lengths
             shape = (w.layout, w.b, w.s_q, w.h_q, w.topk, w.extra_lengths, extra)
             collect(here, label, call_decode, decode, *shape)
+        elif w.op == "dense_decode":
+            collect(here, label, call_dense, dense, w.layout, w.b, w.s_q, w.h_q, False)
         else:
             label += f"-topk{w.topk}"
             collect(here, label, call_prefill, prefill, w.layout, w.s_q, w.h_q, w.topk, False)
+    for layout in ("bf16", "bf16_nope"):
+        label = f"sm90-dense-{layout}-h64-options"
+        collect(here, label, call_dense, dense, layout, 16, 2, 64, True)
     for layout in SM90_LAYOUTS:
         # bf16_nope is bf16 with less to do.
         for heads in (64,) if layout == "bf16_nope" else (5, 32, 64):

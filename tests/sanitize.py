@@ -37,6 +37,13 @@ HANDED_OVER = {
         "shared.sums.index(2 * HALF).store(exact)",
         "exact = exact + shared.sums.index(2 - 2 * HALF).load(LOGIT_ROWS)",
     ),
+    "ops/dense_decode/sm90_kernel.py": (
+        "even_base = shared.base.index(0).load(LOGIT_ROWS)",
+        "shared.base.index(HALF).store(new_base)",
+        "base = shared.base.index(1).load(LOGIT_ROWS)",
+        "shared.sums.index(2 * HALF).store(exact)",
+        "exact = exact + shared.sums.index(2 - 2 * HALF).load(LOGIT_ROWS)",
+    ),
     "ops/sparse_prefill/sm90_few_heads_kernel.py": (
         "bias = shared.bias.load(gl.SliceLayout(1, layout))",
         "shared.bias.store(gl.where(ok, 0.0, -INF))",
@@ -77,6 +84,19 @@ def _prefill(backend: str, heads: int) -> None:
     sparse_mla.prefill(q, rows, indices, scale=0.04, backend=backend)
 
 
+def _dense(backend: str, heads: int, page_size: int) -> None:
+    cache = _cache("bf16")
+    if page_size != 64:
+        cache = KVCache.from_tensor(cache.rows_view().view(-1, page_size, 1, 1152), "bf16")
+    table = torch.randperm(cache.num_pages, device="cuda").to(torch.int32).view(2, -1)
+    lengths = torch.tensor([200, 131], device="cuda", dtype=torch.int32)
+    q = torch.randn(2, 2, heads, 576, device="cuda", dtype=torch.bfloat16)
+    for splits in (None, 3):
+        sparse_mla.dense_decode(
+            q, cache, table, lengths, causal=True, backend=backend, num_splits=splits
+        )
+
+
 CASES: dict[str, Callable[[], None]] = {
     "decode-sm90-16": lambda: _decode("sm90", 16),
     "decode-sm90-64": lambda: _decode("sm90", 64),
@@ -86,6 +106,9 @@ CASES: dict[str, Callable[[], None]] = {
     "decode-triton-16": lambda: _decode("triton", 16),
     "decode-triton-bf16-64": lambda: _decode("triton", 64, "bf16"),
     "decode-triton-v4_fp8-64": lambda: _decode("triton", 64, "v4_fp8", "v4_fp8"),
+    "dense-sm90-64": lambda: _dense("sm90", 64, 64),
+    "dense-sm90-pages-of-16": lambda: _dense("sm90", 16, 16),
+    "dense-triton-16": lambda: _dense("triton", 16, 64),
     "write-v32_fp8": lambda: _write("v32_fp8"),
     "write-v4_fp8": lambda: _write("v4_fp8"),
     "write-glm53_nope_nvfp4": lambda: _write("glm53_nope_nvfp4"),

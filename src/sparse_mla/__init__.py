@@ -3,6 +3,7 @@
 from . import dispatch, reference
 from .kv_cache import KVCache
 from .kv_layout import LAYOUTS, KVLayout
+from .ops.dense_decode.interface import dense_decode
 from .ops.sparse_decode.interface import decode
 from .ops.sparse_prefill.interface import prefill
 
@@ -13,6 +14,7 @@ __all__ = [
     "KVCache",
     "KVLayout",
     "decode",
+    "dense_decode",
     "dispatch",
     "prefill",
     "reference",

@@ -135,7 +135,7 @@ def report(
 
 @app.command()
 def explain(
-    op: Annotated[str, typer.Option(help="decode, prefill or kv_write.")] = "decode",
+    op: Annotated[str, typer.Option(help="decode, prefill, dense_decode or kv_write.")] = "decode",
     heads: Annotated[int, typer.Option(min=1, max=128, help="Query heads.")] = 64,
     layout: Annotated[str, typer.Option(help="The cache's layout.")] = "v32_fp8",
     tokens: Annotated[int, typer.Option(min=1, help="Query tokens, b * s_q.")] = 128,

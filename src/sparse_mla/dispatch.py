@@ -16,7 +16,7 @@ import torch
 from . import arch as arch_module
 from .arch import Arch
 
-OPS = ("decode", "prefill", "kv_write")
+OPS = ("decode", "prefill", "dense_decode", "kv_write")
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Request:
     """The facts of a call that decide where it can run: nothing that needs a device sync.
 
     Attributes:
-        op: "decode", "prefill" or "kv_write".
+        op: one of OPS.
         layout: name of the cache's layout.
         heads: query heads.
         tokens: query tokens (b * s_q).
-        topk: length of the index lists.
+        topk: length of the index lists; for dense decode, tokens that the block table reaches.
         options: names of the optional arguments that were given.
         alignment: bytes; the largest power of two up to 16 that divides the cache's address, page
             stride and token stride; of both caches where there are two.
@@ -85,6 +85,8 @@ def backends_of(op: str) -> tuple[Backend, ...]:
         from .ops.sparse_prefill.backends import BACKENDS
     elif op == "kv_write":
         from .ops.kv_write.backends import BACKENDS
+    elif op == "dense_decode":
+        from .ops.dense_decode.backends import BACKENDS
     else:
         raise ValueError(f"op is {op!r}, allowed: {', '.join(OPS)}")
     return BACKENDS

@@ -141,3 +141,31 @@ def prefill(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     flat_indices = indices.reshape(q.shape[0], indices.shape[-1])
     return attend(q, [(kv, flat_indices, topk_length)], scale, attn_sink)
+
+
+def dense_decode(
+    q: torch.Tensor,
+    cache: KVCache,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+) -> Reference:
+    """The answer to `sparse_mla.dense_decode` with the same arguments, shapes [b, s_q, h_q, ...].
+
+    Each query token is sparse attention over the list of its sequence's first tokens.
+    """
+    b, s_q, _, d_qk = q.shape
+    scale = d_qk**-0.5 if scale is None else scale
+    sequences = []
+    for i in range(b):
+        length = min(max(int(cache_seqlens[i]), 0), block_table.shape[1] * cache.page_size)
+        token = torch.arange(length, device=q.device)
+        pages = block_table[i].long()[token // cache.page_size]
+        slots = pages * cache.page_size + token % cache.page_size
+        slots = torch.where((pages >= 0) & (pages < cache.num_pages), slots, -1)
+        last = torch.arange(s_q, device=q.device) + (length - s_q + 1) if causal else None
+        sequences.append(attend(q[i], [(cache, slots.expand(s_q, -1), last)], scale))
+    parts = zip(*sequences, strict=True)
+    return Reference(*(torch.stack(part) for part in parts))

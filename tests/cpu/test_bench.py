@@ -366,3 +366,17 @@ def test_explain_refuses_in_one_line(option: str, value: str) -> None:
     assert done.exit_code == 2
     assert repr(value) in done.output
     assert "Traceback" not in done.output
+
+
+def test_dense_decode_is_checked_against_the_slots_of_its_pages() -> None:
+    workload = workloads.Workload("dense_decode", "bf16", 3, 2, 4, 100, 3 * 128)
+    assert workload.label == "dense_decode bf16 b=3 s_q=2 h=4 s_k=100"
+    cache = registry.make_cache("bf16", workload.s_kv, torch.device("cpu"))
+    data = registry.make_data(workload, cache)
+    oracle = run.Oracle(data)
+    (call,) = registry.providers(data, ["cpu"], peers=False).calls.values()
+    accuracy = oracle.check("sparse_mla:cpu", call())
+    assert accuracy.rel_l2 <= 1.001 * accuracy.ideal
+    out, lse = call()
+    with pytest.raises(run.WrongAnswer):
+        oracle.check("sparse_mla:cpu", (out.flip(0), lse))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from dense import dense_call
 from drawn import Call, assert_exact_but_for_rounding, decode_call, prefill_call
 from sparse_mla import LAYOUTS, KVCache
 from sparse_mla.compat import flash_mla
@@ -167,27 +168,70 @@ def test_sparse_fwd(width: int) -> None:
     assert_exact_but_for_rounding(out, torch.where(empty, float("-inf"), lse), want)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 3])
+def test_dense(kv_heads: int, causal: bool) -> None:
+    """Each KV head serves its own query heads; the sequences' pages are shared."""
+    calls = [
+        dense_call(lengths=(0, 3, 100), s_q=2, heads=4, seed=i, causal=causal, scale=0.05)
+        for i in range(kv_heads)
+    ]
+    tables = calls[0].block_table
+    cache = torch.full((9, 64, kv_heads, 576), float("nan"), dtype=torch.bfloat16)
+    for head, call in enumerate(calls):
+        for i, count in enumerate((0, 1, 2)):
+            own = call.cache.rows_view().view(torch.bfloat16)[call.block_table[i, :count].long()]
+            cache[tables[i, :count].long(), :, head] = own
+    out, lse = flash_mla.flash_mla_with_kvcache(
+        torch.cat([call.q for call in calls], dim=2), cache, tables, calls[0].cache_seqlens, 512,
+        flash_mla.get_mla_metadata()[0], softmax_scale=0.05, causal=causal,
+    )  # fmt: skip
+    assert lse.shape == (3, 4 * kv_heads, 2)
+    for head, call in enumerate(calls):
+        own = slice(4 * head, 4 * head + 4)
+        want = call.oracle()
+        empty = want.lse == float("-inf")
+        ours = lse[:, own].transpose(1, 2)
+        assert torch.equal(ours == float("inf"), empty) and empty.any()
+        assert_exact_but_for_rounding(out[:, :, own], torch.where(empty, float("-inf"), ours), want)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"indices": None}, "indices is None: dense"),
+        ({"block_table": None}, "block_table is None"),
+        ({"cache_seqlens": None}, "cache_seqlens is None"),
+        ({"head_dim_v": 256}, "head_dim_v is 256"),
+        ({"k_cache": torch.zeros(3, 64, 3, 576, dtype=torch.bfloat16)}, "3 heads, q has 4"),
+        ({"k_cache": torch.zeros(3, 64, 1, 576)}, "k_cache: dtype is torch.float32"),
+        ({"attn_sink": torch.zeros(4)}, "attn_sink is given, must be None when indices is None"),
+        ({"topk_length": torch.zeros(2)}, "topk_length is given"),
+        ({"softmax_scale": float("inf")}, "softmax_scale is inf"),
     ],
 )
-def test_what_is_not_there_yet_says_so(change: dict[str, Any], message: str) -> None:
-    call = decode_call(heads=16)
+def test_dense_refuses(change: dict[str, Any], message: str) -> None:
+    call = dense_call(lengths=(3, 70), heads=4, spare=0)
     arguments = {
         "q": call.q,
-        "k_cache": call.cache.rows_view()[:, :, None],
-        "block_table": None,
-        "cache_seqlens": None,
+        "k_cache": call.cache.rows_view().view(torch.bfloat16)[:, :, None],
+        "block_table": call.block_table,
+        "cache_seqlens": call.cache_seqlens,
         "head_dim_v": 512,
         "tile_scheduler_metadata": flash_mla.get_mla_metadata()[0],
-        "is_fp8_kvcache": True,
-        "indices": call.indices,
     }
     flash_mla.flash_mla_with_kvcache(**arguments)
-    with pytest.raises(NotImplementedError, match=message):
+    with pytest.raises(ValueError, match=message):
         flash_mla.flash_mla_with_kvcache(**{**arguments, **change})
+
+
+def test_dense_over_fp8_rows() -> None:
+    call = dense_call("fp8_tensor", lengths=(3, 70), heads=4, scale=0.05)
+    out, lse = flash_mla.flash_mla_with_kvcache(
+        call.q, call.cache.rows_view()[:, :, None], call.block_table, call.cache_seqlens, 512,
+        flash_mla.get_mla_metadata()[0], softmax_scale=0.05, is_fp8_kvcache=True,
+        kv_format="fp8_tensor", kv_scale=call.cache.tensor_scale,
+    )  # fmt: skip
+    assert_exact_but_for_rounding(out, lse.transpose(1, 2), call.oracle())
 
 
 FP8_LAYOUTS = [name for name, layout in LAYOUTS.items() if layout.quantised]

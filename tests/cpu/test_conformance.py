@@ -144,8 +144,9 @@ def test_shards_keep_their_cases_data(tmp_path: Path) -> None:
         count = run(tmp_path, shard=shard, shards=3, kinds="untimed")
         assert count.passed + count.left_out == 8
         total.add(count)
+    assert (total.passed, total.left_out) == (6, 2)
     total.add(run(tmp_path, kinds="timed", only="number=7"))
-    assert (total.passed, total.failed, total.timed) == (7, 0, 1)
+    assert (total.passed, total.failed, total.timed, total.left_out) == (7, 0, 1, 1)
 
 
 def test_time_is_up(tmp_path: Path) -> None:

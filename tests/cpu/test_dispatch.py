@@ -35,7 +35,7 @@ def chosen(request: Request, machine: Arch) -> list[str]:
 
 
 # The ops with a kernel of their own for Hopper.
-ATTENTION = ("decode", "prefill")
+ATTENTION = ("decode", "prefill", "dense_decode")
 
 
 def answer(backend: str, request: Request, machine: Arch) -> tuple[bool, str]:
@@ -48,6 +48,8 @@ def answer(backend: str, request: Request, machine: Arch) -> tuple[bool, str]:
 @pytest.mark.parametrize("layout", ["v32_fp8", "bf16", "bf16_nope"])
 @pytest.mark.parametrize("name", MACHINES)
 def test_every_claimed_gpu_has_a_kernel(name: str, layout: str, op: str) -> None:
+    if op == "dense_decode" and layout == "v32_fp8":
+        layout = "bf16"
     request = replace(REQUEST, op=op, layout=layout)
     best = "sm90" if name == "sm_90" and op in ATTENTION else "triton"
     assert chosen(request, MACHINES[name]) == [best]
@@ -58,7 +60,7 @@ def test_every_claimed_gpu_has_a_kernel(name: str, layout: str, op: str) -> None
 
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_cpu(op: str) -> None:
-    request = replace(REQUEST, op=op)
+    request = replace(REQUEST, op=op, layout="bf16")
     assert chosen(request, CPU) == ["cpu"]
     ok, reason = answer("triton", request, CPU)
     assert not ok and "needs a GPU" in reason
@@ -223,7 +225,7 @@ def test_a_backend_asked_for_by_name_runs_or_raises() -> None:
 def test_unknown_names() -> None:
     with pytest.raises(ValueError, match="backend is 'sm90x', decode has: cpu, sm90, triton"):
         dispatch.choose(REQUEST, H200, "sm90x")
-    with pytest.raises(ValueError, match="op is 'dense', allowed: decode, prefill"):
+    with pytest.raises(ValueError, match="op is 'dense', allowed: decode, prefill, dense_decode"):
         dispatch.explain(replace(REQUEST, op="dense"), H200)
     with pytest.raises(ValueError, match="device is xpu, allowed: cpu, cuda"):
         arch.of("xpu")

@@ -157,6 +157,70 @@ def test_every_length_unsplit(backend: str, layout: str, heads: int) -> None:
     assert_close(out, lse, reference.decode(cache=cache, scale=0.05, **call))
 
 
+def scales_of(cache: KVCache) -> torch.Tensor:
+    """The fp32 scales of a v32_fp8 cache, [pages, page_size, 4], a copy."""
+    return cache.rows_view()[..., 512:528].contiguous().view(torch.float32)
+
+
+def set_scales(cache: KVCache, scales: torch.Tensor) -> None:
+    cache.rows_view()[..., 512:528] = scales.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("heads", (32, 40, 64, 128))
+@pytest.mark.parametrize("splits", (1, 3))
+def test_scales_of_any_size_in_some_lists(backend: str, heads: int, splits: int) -> None:
+    """Five lists of disjoint tokens; the first one's scales are ordinary."""
+    torch.manual_seed(heads)
+    cache = KVCache.empty(40, 64, "v32_fp8", device="cuda")
+    slots = torch.arange(cache.num_slots, device="cuda")
+    cache.append(
+        torch.randn(len(slots), 512, device="cuda"),
+        torch.randn(len(slots), 64, device="cuda"),
+        slots,
+    )
+    scales = scales_of(cache).view(5, 512, 4)
+    scales[1, 300, 3] *= 2.0**40
+    scales[2][torch.rand(512, 4, device="cuda") < 0.3] = 0.0
+    scales[3, :, 1:] *= torch.exp2(torch.empty(512, 3, device="cuda").uniform_(-20, 20))
+    scales[4, 400, 2] = float("nan")
+    set_scales(cache, scales.view(40, 64, 4))
+    q = torch.randn(5, 1, heads, 576, device="cuda").to(torch.bfloat16)
+    q[:, :, :, 128:512] = 0.0
+    indices = slots.view(5, 1, 512).to(torch.int32)
+    call = {"q": q, "cache": cache, "indices": indices, "scale": 0.05}
+    out, lse = sparse_mla.decode(num_splits=splits, backend=backend, **call)
+    assert torch.isnan(out[4]).all()
+    want = reference.decode(**call)
+    for i in range(4):
+        for group in range(4):
+            part = slice(128 * group, 128 * group + 128)
+            ref = want._replace(out=want.out[i, ..., part], lse=want.lse[i])
+            assert_close(
+                out[i, ..., part], lse[i], ref, max(1.15, limit(backend, "v32_fp8", heads))
+            )
+
+
+@pytest.mark.parametrize("mantissa", (1 + 2.0**-11 - 2.0**-22, 1 + 2.0**-11 + 2.0**-22, 1.99999))
+@pytest.mark.parametrize("heads", (16, 64))
+def test_scales_of_one_mantissa_leave_no_gain(backend: str, heads: int, mantissa: float) -> None:
+    """Weights that would all round the same way to fp16; many tokens matter, none by itself."""
+    torch.manual_seed(0)
+    cache = KVCache.empty(64, 64, "v32_fp8", device="cuda")
+    slots = torch.arange(cache.num_slots, device="cuda")
+    latent = torch.randn(len(slots), 512, device="cuda")
+    cache.append(latent, torch.randn(len(slots), 64, device="cuda"), slots)
+    scales = scales_of(cache)
+    set_scales(cache, torch.exp2(torch.floor(torch.log2(scales))) * mantissa)
+    q = torch.randn(64, 1, heads, 576, device="cuda").to(torch.bfloat16)
+    indices = torch.randint(0, cache.num_slots, (64, 1, 1024), device="cuda")
+    call = {"q": q, "cache": cache, "indices": indices.to(torch.int32), "scale": 0.02}
+    out, _ = sparse_mla.decode(backend=backend, **call)
+    ref = reference.decode(**call).out
+    gain = ((out.double() - ref) * ref).sum() / ref.square().sum()
+    ideal = ((ref.to(torch.bfloat16).double() - ref) * ref).sum() / ref.square().sum()
+    assert abs(gain - ideal) <= 5e-5
+
+
 @pytest.mark.parametrize("layout", ("v32_fp8", "bf16"))
 @pytest.mark.parametrize("heads", (16, 32, 64))
 def test_same_bits_every_time(backend: str, layout: str, heads: int) -> None:

@@ -6,12 +6,14 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from .. import arch, dispatch
 from ..kv_cache import KVCache
+from ..ops.dense_decode.interface import dense_decode
 from ..ops.sparse_decode.interface import decode
 from ..ops.sparse_decode.source import Source
 from ..ops.sparse_prefill.interface import prefill
@@ -23,14 +25,27 @@ Call = Callable[[], Answer]
 
 @dataclass(frozen=True)
 class Data:
-    """A workload's tensors on a device. For prefill, q is [s_q, h, d] and cache holds the rows."""
+    """A workload's tensors on a device. For prefill, q is [s_q, h, d] and cache holds the rows.
+
+    In dense decode indices is the block table, and seqlens are the lengths [b].
+    """
 
     workload: Workload
     q: torch.Tensor
     cache: KVCache
     indices: torch.Tensor
     scale: float
+    seqlens: torch.Tensor | None = None
     extra: Source | None = None
+
+    def lists(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The slots [n, topk] int32 that these query tokens, of all in order, attend to."""
+        if self.seqlens is None:
+            return self.indices.reshape(-1, self.indices.shape[-1])[tokens]
+        pages = self.indices[tokens // self.workload.s_q]
+        offset = torch.arange(PAGE_SIZE, dtype=torch.int32, device=pages.device)
+        slots = pages[:, :, None] * PAGE_SIZE + offset
+        return slots.flatten(1)[:, : self.workload.topk]
 
     def extra_lists(
         self, tokens: torch.Tensor
@@ -53,6 +68,10 @@ class Data:
             "extra_indices": self.extra.indices,
             "extra_topk_length": self.extra.lengths,
         }
+
+
+# FlashMLA's dense decode takes no other.
+PAGE_SIZE = 64
 
 
 def make_cache(
@@ -98,12 +117,23 @@ def make_extra(workload: Workload, device: torch.device) -> Source:
 
 
 def make_data(workload: Workload, cache: KVCache) -> Data:
-    """Random queries and indices over `cache`."""
+    """Random queries and indices over `cache`, or in dense decode random pages of it."""
     device = cache.device
     generator = torch.Generator(device=device).manual_seed(1)
     d_qk = cache.layout.d_qk
-    lead = (workload.b, workload.s_q) if workload.op == "decode" else (workload.s_q,)
+    lead = (workload.s_q,) if workload.op == "prefill" else (workload.b, workload.s_q)
     q = torch.randn(*lead, workload.h_q, d_qk, generator=generator, device=device)
+    # Three times the usual scale: softmax weights neither flat nor one-hot on Gaussian data.
+    scale = 3.0 * d_qk**-0.5
+    if workload.op == "dense_decode":
+        cache = KVCache.from_tensor(
+            cache.tensor().view(-1, PAGE_SIZE, 1, 2 * d_qk), cache.layout.name
+        )
+        count = -(-workload.topk // PAGE_SIZE)
+        pages = torch.randperm(workload.b * count, generator=generator, device=device)
+        table = pages.view(workload.b, count).to(torch.int32)
+        seqlens = torch.full((workload.b,), workload.topk, dtype=torch.int32, device=device)
+        return Data(workload, q.to(torch.bfloat16), cache, table, scale, seqlens)
     indices = torch.randint(
         workload.s_kv,
         (*lead, workload.topk),
@@ -111,9 +141,8 @@ def make_data(workload: Workload, cache: KVCache) -> Data:
         device=device,
         dtype=torch.int32,
     )
-    # Three times the usual scale: softmax weights neither flat nor one-hot on Gaussian data.
     extra = make_extra(workload, device) if workload.extra_topk else None
-    return Data(workload, q.to(torch.bfloat16), cache, indices, 3.0 * d_qk**-0.5, extra)
+    return Data(workload, q.to(torch.bfloat16), cache, indices, scale, extra=extra)
 
 
 @dataclass
@@ -165,6 +194,11 @@ def _ours(data: Data, backend: str) -> Call:
         return lambda: decode(
             data.q, data.cache, data.indices, scale=data.scale, backend=backend, **extra
         )
+    seqlens = data.seqlens
+    if seqlens is not None:
+        return lambda: dense_decode(
+            data.q, data.cache, data.indices, seqlens, scale=data.scale, backend=backend
+        )
 
     def call() -> Answer:
         out, _, lse = prefill(data.q, data.cache, data.indices, scale=data.scale, backend=backend)
@@ -189,6 +223,8 @@ def _flash_mla(data: Data) -> Call | None:
         flash_mla = importlib.import_module("flash_mla")
     except ImportError:
         return None
+    if data.seqlens is not None:
+        return _flash_mla_dense(flash_mla, data)
     heads = data.q.shape[-2]
     padded = 64 if heads <= 64 else 128
     q = torch.zeros(*data.q.shape[:-2], padded, data.q.shape[-1], dtype=data.q.dtype).to(data.q)
@@ -220,3 +256,17 @@ def _flash_mla(data: Data) -> Call | None:
         return out[..., :heads, :], lse.transpose(1, 2)[..., :heads]
 
     return decode_call
+
+
+def _flash_mla_dense(flash_mla: ModuleType, data: Data) -> Call:
+    """Its dense decode; the schedule is made by the first call and kept, as engines do."""
+    meta, _ = flash_mla.get_mla_metadata()
+    kv = data.cache.tensor().view(torch.bfloat16)
+
+    def call() -> Answer:
+        out, lse = flash_mla.flash_mla_with_kvcache(
+            data.q, kv, data.indices, data.seqlens, 512, meta, None, data.scale
+        )
+        return out, lse.transpose(1, 2)
+
+    return call

@@ -210,8 +210,7 @@ class Oracle:
         q = data.q.reshape(-1, *data.q.shape[-2:])
         number = min(max(SAMPLE, -(-SAMPLE_ROWS // q.shape[1])), q.shape[0])
         self.tokens = torch.linspace(0, q.shape[0] - 1, number).round().long().to(q.device)
-        lists = data.indices.reshape(q.shape[0], -1)[self.tokens]
-        sources = [(data.cache, lists, None), *data.extra_lists(self.tokens)]
+        sources = [(data.cache, data.lists(self.tokens), None), *data.extra_lists(self.tokens)]
         self.want = reference.attend(q[self.tokens], sources, data.scale)
 
     def check(self, name: str, answer: Answer) -> Accuracy:

@@ -13,6 +13,7 @@ class Workload:
     """A shape to measure. Query tokens select random tokens of one shared cache.
 
     "kv_write" writes b tokens into whole random pages of a cache of s_kv.
+    In dense decode topk is the length of every sequence, whose pages are random ones.
 
     With extra_topk there is a second cache of as many tokens, whose lists have that many entries;
     with extra_lengths only a random number of them counts, the same for a sequence's tokens.
@@ -39,12 +40,14 @@ class Workload:
         if self.op == "kv_write":
             return f"{self.op} {self.layout} n={self.b}"
         shape = f"b={self.b} s_q={self.s_q}"
-        end = ""
+        end = f"topk={self.topk}"
         if self.op == "prefill":
-            shape, end = f"s_q={self.s_q}", f" s_kv={self.s_kv}"
+            shape, end = f"s_q={self.s_q}", f"{end} s_kv={self.s_kv}"
+        elif self.op == "dense_decode":
+            end = f"s_k={self.topk}"
         if self.extra_topk:
             end += f" extra={self.extra_topk}" + " lengths" * self.extra_lengths
-        return f"{self.op} {self.layout} {shape} h={self.h_q} topk={self.topk}{end}"
+        return f"{self.op} {self.layout} {shape} h={self.h_q} {end}"
 
     def matches(self, text: str) -> bool:
         """Whether every word of `text` is a word of the label."""
@@ -73,7 +76,8 @@ class Workload:
         if self.op == "kv_write":
             return self.b * (2 * layout.d_qk + layout.bytes_per_token + 8)
         rows = min(self.tokens * self.entries, self.s_kv) * layout.bytes_per_token
-        return rows + self.tokens * (4 * self.entries + 2 * self.h_q * (layout.d_qk + layout.d_v))
+        index = 0 if self.op == "dense_decode" else 4 * self.entries
+        return rows + self.tokens * (index + 2 * self.h_q * (layout.d_qk + layout.d_v))
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,10 @@ def _prefill(h_q: int, s_kv: int, layout: str = "bf16", topk: int = 2048) -> Wor
 
 def _write(layout: str, tokens: int = 16384) -> Workload:
     return Workload("kv_write", layout, tokens, 1, 1, 0, 4 * tokens)
+
+
+def _dense(b: int, h_q: int, s_k: int) -> Workload:
+    return Workload("dense_decode", "bf16", b, 1, h_q, s_k, b * s_k)
 
 
 def _model1(b: int, h_q: int, extra_topk: int, lengths: bool = False) -> Workload:
@@ -155,6 +163,7 @@ GOALS = (
     *_faster(1.3, [_model1(b, 64, 512) for b in MODEL1_BATCHES]),
     *_faster(1.3, [_model1(b, 128, 1024) for b in MODEL1_BATCHES]),
     *_faster(1.3, [_model1(b, h, 1024, True) for h in (64, 128) for b in MODEL1_BATCHES]),
+    *_faster(1.05, [_dense(128, 128, 4096), _dense(128, 128, 2048), _dense(32, 64, 8192)]),
     Goal(H200, _decode(128, 16), "triton", "flash_mla", 0.8),
     Goal(H200, _decode(128, 64), "triton", "flash_mla", 0.7),
     # 70 % of what a copy of as many bytes takes.

@@ -32,7 +32,9 @@ def workloads_on(device: torch.device, only: str = "") -> list[Workload]:
     if device.type != "cuda":
         return choose(CPU_WORKLOADS, [only] if only else [])
     if only:
-        return choose([w for w in GPU_WORKLOADS if w.op != "kv_write"], [only])
+        # Providers are asked through the gate's inputs, which have no dense decode.
+        without = ("kv_write", "dense_decode")
+        return choose([w for w in GPU_WORKLOADS if w.op not in without], [only])
     return [workload for workload in HEADLINES if workload in GPU_WORKLOADS]
 
 

@@ -147,16 +147,21 @@ class Count:
     def run(self) -> int:
         return self.passed + self.failed + self.refused
 
+    @property
+    def cases(self) -> int:
+        return self.run + self.skipped + self.left_out
+
     def record(self, outcome: str, case: str, what: str = "") -> None:
         setattr(self, outcome, getattr(self, outcome) + 1)
         if outcome in ("failed", "refused") and len(self.failures) < MAX_FAILURES:
             self.failures.append({"case": case, "outcome": outcome, "what": what[-2000:]})
 
     def add(self, other: Count) -> None:
-        """The cases of another process."""
+        """The cases of another process, which left out those of this one, if it got that far."""
+        cases = max(self.cases, other.cases)
         for name in ("passed", "failed", "refused", "skipped", "timed"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.left_out += other.left_out
+        self.left_out = max(0, cases - self.run - self.skipped)
         self.seconds = max(self.seconds, other.seconds)
         self.exit_code = max(self.exit_code, other.exit_code)
         self.ending = self.ending or other.ending
@@ -323,7 +328,7 @@ def kernels_named(attention: str, combine: str) -> Iterator[None]:
         ours = our_kernels()
         for event in found:
             if event.name in ours:
-                merges = combine and "combine" in event.name
+                merges = combine and any(word in event.name for word in ("combine", "merge"))
                 event.name = combine if merges else attention
         return found
 
@@ -415,15 +420,14 @@ def run(suite: Suite, checkout: Path, options: Options) -> Count:
 
 def in_processes(suite: Suite, checkout: Path, options: Options, processes: int) -> Count:
     """Run a suite's untimed cases in several processes, then the timed ones in one."""
-    jobs = [("untimed", shard, processes) for shard in range(processes)]
+    first, step = options.shard, options.shards
+    jobs = [("untimed", first + step * i, step * processes) for i in range(processes)]
     total = _together(suite, checkout, options, jobs)
     if not options.time_limit or total.seconds < options.time_limit:
-        timed = _together(suite, checkout, options, [("timed", 0, 1)])
+        timed = _together(suite, checkout, options, [("timed", first, step)])
         seconds = total.seconds + timed.seconds
         total.add(timed)
         total.seconds = seconds
-    # Each process left out the others' cases.
-    total.left_out = 0
     return total
 
 

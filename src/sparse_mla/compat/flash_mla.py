@@ -19,6 +19,7 @@ import torch
 from ..kv_cache import KVCache
 from ..kv_layout import LAYOUTS
 from ..ops.checks import check_scale
+from ..ops.dense_decode.interface import dense_decode
 from ..ops.sparse_decode.interface import decode
 from ..ops.sparse_prefill.interface import prefill
 from .install import install, uninstall
@@ -78,21 +79,25 @@ def flash_mla_with_kvcache(
     kv_scale: torch.Tensor | None = None,
     extra_kv_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode over a paged cache; sparse mode.
+    """Decode over a paged cache: sparse with `indices`, dense without.
 
     Args:
         q: [b, s_q, h_q, 576 or 512] bf16, 1 <= h_q <= 128.
         k_cache: [num_pages, page_size, 1, bytes per token] uint8, int8 or float8_e4m3fn with
             `is_fp8_kvcache=True`: 656 bytes where q is 576 wide (docs/formats.md, v32_fp8), 584
             where it is 512 wide (v4_fp8); or [num_pages, page_size, 1, 576 or 512] bf16 without
-            it. Any page size, padded page strides allowed.
-        block_table, cache_seqlens: unused in sparse mode; may be None.
+            it. Any page size, padded page strides allowed. In dense mode also
+            [num_pages, page_size, h_kv, ...] with h_q a multiple of h_kv.
+        block_table: [b, max_pages] int32, and cache_seqlens, [b] int32, in dense mode; unused in
+            sparse mode, where they may be None.
         head_dim_v: 512.
         tile_scheduler_metadata: from `get_mla_metadata`; never read.
         num_splits: must be None.
         softmax_scale: default q's width ** -0.5.
-        causal: must be False in sparse mode.
-        indices: [b, s_q, topk] int32 slots; None asks for dense decode, which is not there yet.
+        causal: query i of s_q sees the first cache_seqlens - s_q + i + 1 tokens; must be False in
+            sparse mode.
+        indices: [b, s_q, topk] int32 slots; None asks for dense decode, and so must be the options
+            after it.
         attn_sink: [h_q] float32.
         topk_length: [b] int32.
         extra_k_cache, extra_indices_in_kvcache, extra_topk_length: a second cache, attended
@@ -108,7 +113,31 @@ def flash_mla_with_kvcache(
     if num_splits is not None:
         raise ValueError(f"num_splits is {num_splits!r}, must be None")
     if indices is None:
-        raise NotImplementedError("indices is None: dense decode is not supported yet")
+        sparse = {
+            "attn_sink": attn_sink,
+            "extra_k_cache": extra_k_cache,
+            "extra_indices_in_kvcache": extra_indices_in_kvcache,
+            "topk_length": topk_length,
+            "extra_topk_length": extra_topk_length,
+        }
+        for name, value in sparse.items():
+            if value is not None:
+                raise ValueError(f"{name} is given, must be None when indices is None")
+        _check_head_dim_v("head_dim_v", head_dim_v)
+        _check_tensor("q", q, 4)
+        _check_tensor("k_cache", k_cache, 4)
+        heads = [
+            _cache(
+                "k_cache",
+                k_cache[:, :, i : i + 1],
+                q.shape[-1],
+                is_fp8_kvcache,
+                kv_format,
+                kv_scale,
+            )
+            for i in range(k_cache.shape[2])
+        ]
+        return _dense(q, heads, block_table, cache_seqlens, softmax_scale, causal)
     if causal:
         raise ValueError("causal is True, must be False when indices are given")
     _check_head_dim_v("head_dim_v", head_dim_v)
@@ -140,6 +169,42 @@ def flash_mla_with_kvcache(
         extra_indices=extra_indices_in_kvcache,
         extra_topk_length=extra_topk_length,
     )
+    return out, _empty_as_plus_inf(lse).transpose(1, 2)
+
+
+def _dense(
+    q: torch.Tensor,
+    caches: list[KVCache],
+    block_table: torch.Tensor | None,
+    cache_seqlens: torch.Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense decode, one KV head after another; each serves as many query heads."""
+    if block_table is None or cache_seqlens is None:
+        name = "block_table" if block_table is None else "cache_seqlens"
+        raise ValueError(f"{name} is None, must be a tensor when indices is None")
+    if softmax_scale is not None:
+        check_scale(softmax_scale, q.shape[-1], "softmax_scale")
+    if not caches or q.shape[2] % len(caches):
+        raise ValueError(
+            f"k_cache has {len(caches)} heads, q has {q.shape[2]}, which must be a multiple"
+        )
+    group = q.shape[2] // len(caches)
+    parts = [
+        dense_decode(
+            q[:, :, i * group : (i + 1) * group],
+            cache,
+            block_table,
+            cache_seqlens,
+            scale=softmax_scale,
+            causal=causal,
+        )
+        for i, cache in enumerate(caches)
+    ]
+    outs, sums = zip(*parts, strict=True)
+    out = outs[0] if len(caches) == 1 else torch.cat(outs, dim=2)
+    lse = sums[0] if len(caches) == 1 else torch.cat(sums, dim=2)
     return out, _empty_as_plus_inf(lse).transpose(1, 2)
 
 

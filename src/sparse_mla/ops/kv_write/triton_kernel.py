@@ -5,8 +5,9 @@ token's fields where its slot says: the page's address, 64 bits, plus the token'
 writes the very bytes of `KVLayout.pack`: where that divides, the number stored here is the one next
 to the IEEE quotient.
 
-Memory could pass a token in a fraction of the time that dividing and classifying 512 values takes:
-instructions per value are what counts.
+What it takes are instructions per value, not bytes: a first version with 28 of them, for IEEE
+quotients and checks for NaN one by one, took 87 us for 131072 tokens of v32_fp8 on an H200; with 18
+it takes 74, and a copy of as many bytes 59.
 """
 
 import triton

@@ -1,4 +1,8 @@
-"""Launcher of the Hopper kernel for many heads (33 to 128) over v32_fp8 caches."""
+"""Launcher of the Hopper kernels for many heads (33 to 128) over v32_fp8 caches.
+
+sm90_bounded_scales_kernel attends every list; where it meets scales out of its bounds it says so,
+and sm90_many_heads_kernel, which is slower and takes any scales, redoes that program's part.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,9 @@ import triton
 
 from ... import arch
 from ...kv_cache import KVCache
+from .sm90_bounded_scales_kernel import attend_bounded
 from .sm90_combine import combine
-from .sm90_many_heads_kernel import attend as attend_kernel
+from .sm90_many_heads_kernel import attend as attend_any
 
 HEADS = 64  # heads per program
 TILE = 64  # tokens per step
@@ -22,24 +27,29 @@ MAX_SPLITS = 64
 
 @dataclass(frozen=True)
 class Launch:
-    """How the kernel is launched.
+    """How a kernel is launched.
 
     Attributes:
-        ahead: tiles between the L2 prefetch of rows and their gather.
         right_registers, fill_registers: per thread of these warpgroups; the first one gets what is
-            left of 3 * 168.
+            left of 3 * 168 (three warpgroups) or 4 * 128 (four).
     """
 
-    ahead: int
     right_registers: int
     fill_registers: int
 
 
+# H200, topk 2048, in us without the other launch (2 to 5 more, 15 with 512 programs), FlashMLA in
+# the same run in brackets: b=128 h=64 121 (121), b=32 h=64 55 (52), b=64 h=128 118 (100),
+# b=128 h=128 s_q=2 424 (369), b=1 h=64 24 (22). ptxas serialises the products (C7512) if
+# attend_left has less than 224 registers or attend_right less than 192.
+BOUNDED = Launch(right_registers=192, fill_registers=48)
 # H200, topk 2048, in us, FlashMLA in the same run in brackets: b=128 h=64 153 (120), b=32 h=64 69
 # (52), b=64 h=128 146 (99), b=128 h=128 s_q=2 527 (370), b=1 h=64 29 (21). These registers leave a
-# spilled load in a loop; ahead hardly matters (none at all: 3 % faster in an earlier version),
-# as the gather is not what holds the kernel.
-LAUNCH = Launch(ahead=3, right_registers=192, fill_registers=64)
+# spilled load in a loop.
+ANY = Launch(right_registers=192, fill_registers=64)
+# Tiles between the L2 prefetch of rows and their gather: it hardly matters (none at all: 3 % faster
+# in an earlier version), as the gather is not what holds that kernel.
+AHEAD = 3
 
 
 def attend(
@@ -86,39 +96,55 @@ def attend(
     if splits > 1:
         part = torch.empty(splits, rows, 512, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(splits, rows, dtype=torch.float32, device=q.device)
+    programs = b * s_q * head_blocks * splits
+    wild = torch.empty(programs, 2, dtype=torch.int32, device=q.device)
+    arguments = (
+        q,
+        pages[:, : pages.shape[1] // 4 * 4].view(torch.int32),
+        indices,
+        lengths,
+        attn_sink if splits == 1 else None,
+        part,
+        part_lse,
+        max_logits,
+        wild,
+        q.stride(0),
+        q.stride(1),
+        q.stride(2),
+        indices.stride(0),
+        indices.stride(1),
+        pages.stride(0) // 4,
+        cache.page_size,
+        min(cache.num_slots - 1, 2**31 - 1),
+        s_q,
+        heads,
+        head_blocks,
+        topk,
+        splits,
+        split_tiles,
+        scale * math.log2(math.e),
+    )
+    constants = {
+        "TOKEN_WORDS": cache.token_stride // 4,
+        "PACKED": pages.stride(0) == cache.page_size * cache.token_stride,
+        "SPLIT": splits > 1,
+        "num_warps": 4,
+    }
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(q):
-        attend_kernel[(b * s_q * head_blocks * splits,)](
-            q,
-            pages[:, : pages.shape[1] // 4 * 4].view(torch.int32),
-            indices,
-            lengths,
-            attn_sink if splits == 1 else None,
-            part,
-            part_lse,
-            max_logits,
-            q.stride(0),
-            q.stride(1),
-            q.stride(2),
-            indices.stride(0),
-            indices.stride(1),
-            pages.stride(0) // 4,
-            cache.page_size,
-            min(cache.num_slots - 1, 2**31 - 1),
-            s_q,
-            heads,
-            head_blocks,
-            topk,
-            splits,
-            split_tiles,
-            scale * math.log2(math.e),
-            TOKEN_WORDS=cache.token_stride // 4,
-            PACKED=pages.stride(0) == cache.page_size * cache.token_stride,
-            SPLIT=splits > 1,
-            AHEAD=LAUNCH.ahead,
-            RIGHT_REGISTERS=LAUNCH.right_registers,
-            FILL_REGISTERS=LAUNCH.fill_registers,
-            num_warps=4,
+        attend_bounded[(programs,)](
+            *arguments,
+            RIGHT_REGISTERS=BOUNDED.right_registers,
+            FILL_REGISTERS=BOUNDED.fill_registers,
+            **constants,
+        )
+        attend_any[(programs,)](
+            *arguments,
+            AHEAD=AHEAD,
+            RIGHT_REGISTERS=ANY.right_registers,
+            FILL_REGISTERS=ANY.fill_registers,
+            launch_pdl=True,
+            **constants,
         )
         if splits > 1:
             combine(part, part_lse, attn_sink, out, lse)

@@ -545,6 +545,7 @@ def attend(
     out_ptr,  # [splits, b * s_q, heads, 512], bf16 when unsplit, else float32
     lse_ptr,  # [splits, b * s_q, heads] float32: natural when unsplit, else log2
     max_ptr,  # [b * s_q, heads] float32 natural, or None; only when unsplit
+    wild_ptr,  # [programs, 2] int32: programs with two zeros have nothing to do; or None
     q_stride_b,
     q_stride_s,
     q_stride_h,
@@ -569,6 +570,13 @@ def attend(
 ):
     # The head blocks of one token run side by side, so that their shared rows meet in L2.
     pid = gl.program_id(0)
+    if wild_ptr is not None:
+        # The launch may begin before the kernel that writes `wild` has ended.
+        gl.inline_asm_elementwise(
+            "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+        if gl.load(wild_ptr + pid * 2) + gl.load(wild_ptr + pid * 2 + 1) == 0:
+            return
     head = (pid % head_blocks) * 64
     split = (pid // head_blocks) % splits
     token = pid // (head_blocks * splits)

@@ -1,0 +1,1 @@
+"""Dense decode: query tokens over all tokens of their sequences. Start at interface.py."""
