@@ -380,3 +380,17 @@ def test_dense_decode_is_checked_against_the_slots_of_its_pages() -> None:
     out, lse = call()
     with pytest.raises(run.WrongAnswer):
         oracle.check("sparse_mla:cpu", (out.flip(0), lse))
+
+
+@pytest.mark.parametrize("lengths", (False, True))
+def test_an_extra_cache_with_its_lists_and_sinks(lengths: bool) -> None:
+    workload = Workload("decode", "v4_fp8", 2, 2, 4, 64, 512, 70, lengths)
+    assert workload.label.endswith("topk=64 extra=70" + " lengths" * lengths)
+    data = registry.make_data(workload, registry.make_cache("v4_fp8", workload.s_kv, CPU))
+    assert data.extra is not None and (data.extra.lengths is not None) == lengths
+    found = registry.providers(data, ["cpu"], peers=False)
+    oracle = run.Oracle(data)
+    out, lse = found.calls["sparse_mla:cpu"]()
+    assert oracle.check("sparse_mla:cpu", (out, lse)).rel_l2 < 2e-3
+    with pytest.raises(run.WrongAnswer):
+        oracle.check("sparse_mla:cpu", (out * 2, lse))

@@ -27,7 +27,8 @@ Call = Callable[[], Answer]
 class Data:
     """A workload's tensors on a device. For prefill, q is [s_q, h, d] and cache holds the rows.
 
-    In dense decode indices is the block table, and seqlens are the lengths [b].
+    In dense decode indices is the block table, and seqlens are the lengths [b]. An extra cache
+    comes with sinks [h], as in the models that have one.
     """
 
     workload: Workload
@@ -37,6 +38,7 @@ class Data:
     scale: float
     seqlens: torch.Tensor | None = None
     extra: Source | None = None
+    sink: torch.Tensor | None = None
 
     def lists(self, tokens: torch.Tensor) -> torch.Tensor:
         """The slots [n, topk] int32 that these query tokens, of all in order, attend to."""
@@ -60,10 +62,11 @@ class Data:
         return [(self.extra.cache, lists, lengths)]
 
     def extra_options(self) -> dict[str, Any]:
-        """The arguments of `decode` about the extra cache."""
+        """The arguments of `decode` about the extra cache, which come with sinks."""
         if self.extra is None:
             return {}
         return {
+            "attn_sink": self.sink,
             "extra_cache": self.extra.cache,
             "extra_indices": self.extra.indices,
             "extra_topk_length": self.extra.lengths,
@@ -141,8 +144,11 @@ def make_data(workload: Workload, cache: KVCache) -> Data:
         device=device,
         dtype=torch.int32,
     )
-    extra = make_extra(workload, device) if workload.extra_topk else None
-    return Data(workload, q.to(torch.bfloat16), cache, indices, scale, extra=extra)
+    extra = sink = None
+    if workload.extra_topk:
+        extra = make_extra(workload, device)
+        sink = torch.randn(workload.h_q, generator=generator, device=device)
+    return Data(workload, q.to(torch.bfloat16), cache, indices, scale, extra=extra, sink=sink)
 
 
 @dataclass
@@ -242,8 +248,11 @@ def _flash_mla(data: Data) -> Call | None:
     meta, _ = flash_mla.get_mla_metadata()
     kv = data.cache.tensor().view(torch.float8_e4m3fn)
     extra: dict[str, Any] = {}
-    if data.extra is not None:
+    if data.extra is not None and data.sink is not None:
+        sink = torch.zeros(padded, device=q.device)
+        sink[:heads] = data.sink
         extra = {
+            "attn_sink": sink,
             "extra_k_cache": data.extra.cache.tensor().view(torch.float8_e4m3fn),
             "extra_indices_in_kvcache": data.extra.indices,
             "extra_topk_length": data.extra.lengths,

@@ -211,7 +211,7 @@ class Oracle:
         number = min(max(SAMPLE, -(-SAMPLE_ROWS // q.shape[1])), q.shape[0])
         self.tokens = torch.linspace(0, q.shape[0] - 1, number).round().long().to(q.device)
         sources = [(data.cache, data.lists(self.tokens), None), *data.extra_lists(self.tokens)]
-        self.want = reference.attend(q[self.tokens], sources, data.scale)
+        self.want = reference.attend(q[self.tokens], sources, data.scale, data.sink)
 
     def check(self, name: str, answer: Answer) -> Accuracy:
         """Compare an answer; WrongAnswer if it is wrong."""

@@ -41,16 +41,20 @@ class Launch:
     prefetch: bool = True
 
 
-LAUNCH = Launch(64, True, 2, 200, 64, 40)
+# Registers by what ptxas spills: the two plans leave `resolve` with different needs.
+LAUNCH = Launch(64, True, 2, 200, 56, 48)
+LAUNCH_BALANCED = Launch(64, True, 2, 200, 64, 40)
 LAUNCH_32 = Launch(32, True, 2, 200, 64, 40)
 LAUNCH_16 = Launch(16, True, 2, 200, 64, 40)
 
 
-def launch_for(heads: int) -> Launch:
-    """The launch for a number of heads."""
+def launch_for(heads: int, balanced: bool) -> Launch:
+    """The launch for a number of heads and a kind of plan."""
     if heads <= 16:
         return LAUNCH_16
-    return LAUNCH_32 if heads <= 32 else LAUNCH
+    if heads <= 32:
+        return LAUNCH_32
+    return LAUNCH_BALANCED if balanced else LAUNCH
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,6 @@ def attend(
         return out, lse, max_logits
     if q.data_ptr() % 16 or any(stride % 8 for stride in q.stride()[:-1]):
         q = q.contiguous()
-    launch = launch or launch_for(heads)
     main, extra = sources[0], sources[-1]
     topk = main.indices.shape[-1]
     extra_topk = extra.indices.shape[-1] if len(sources) > 1 else 0
@@ -130,6 +133,7 @@ def attend(
     lengths = main.lengths is not None or extra_lengths is not None
     if balanced is None:
         balanced = lengths and pairs > 1 and not num_splits and not batch_invariant
+    launch = launch or launch_for(heads, balanced)
     meta = None
     if balanced:
         programs = min(multiprocessors, items * pairs)

@@ -171,7 +171,7 @@ def copy_rope(kv, rows, target):
 
 @aggregate
 class Piece:
-    """A program's part of an item: tiles [first, last); its list in the main cache has `main`."""
+    """A program's part of an item: tiles [first, last), `main` of them of the main list."""
 
     which: gl.tensor
     b: gl.tensor
