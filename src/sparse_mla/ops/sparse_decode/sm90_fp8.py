@@ -1,8 +1,9 @@
 """Attention over FP8 caches on Hopper: which of the two Gluon kernels takes a call.
 
-Few heads and many heads have different bottlenecks and so different kernels: up to 32 heads the
-gather and the latency of a tile (sm90_few_heads, 16 heads a program), above that the tensor cores
-and shared memory (sm90_many_heads, 64). With few query tokens the first leads with many heads too.
+Few heads and many heads have different bottlenecks and so different kernels: up to 16 heads the
+gather and the latency of a tile (sm90_few_heads, 16 heads a program), above 32 the tensor cores and
+shared memory (sm90_many_heads, 64). With few query tokens the first leads with many heads too, with
+many the second from 17 heads on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from ...kv_cache import KVCache
 from . import sm90_few_heads, sm90_many_heads
 
 FEW_HEADS = 32
+# From that many query tokens sm90_many_heads leads with 17 to 32 heads, half of its rows empty. us by
+# few / by many: b=128 139 / 125, b=256 267 / 231; b=32 45 / 57.
+MANY_TOKENS = 96
 # Above that many blocks of 64 heads and query token sm90_many_heads leads. H200, topk 2048, us by
 # few / by many: 64 heads b=1 16 / 29, b=8 29 / 44, b=16 45 / 53, b=32 73 / 70; 128 heads b=1
 # 18 / 30, b=8 45 / 49, b=16 73 / 64.
@@ -21,8 +25,11 @@ FEW_BLOCKS = 16
 
 def takes_few_heads(tokens: int, heads: int, batch_invariant: bool) -> bool:
     """Whether sm90_few_heads takes a call of `tokens` query tokens."""
-    few_tokens = not batch_invariant and tokens * -(-heads // 64) <= FEW_BLOCKS
-    return heads <= FEW_HEADS or few_tokens
+    if batch_invariant:
+        return heads <= FEW_HEADS
+    if 16 < heads <= FEW_HEADS:
+        return tokens < MANY_TOKENS
+    return heads <= 16 or tokens * -(-heads // 64) <= FEW_BLOCKS
 
 
 def attend(
