@@ -14,7 +14,7 @@ from ...kv_cache import KVCache
 from . import sm90_few_heads, sm90_many_heads
 
 FEW_HEADS = 32
-# From that many query tokens sm90_many_heads leads with 17 to 32 heads, half of its rows empty. us by
+# From that many query tokens sm90_many_heads leads with 17 to 32 heads, half its rows empty; us by
 # few / by many: b=128 139 / 125, b=256 267 / 231; b=32 45 / 57.
 MANY_TOKENS = 96
 # Above that many blocks of 64 heads and query token sm90_many_heads leads. H200, topk 2048, us by
