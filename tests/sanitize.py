@@ -35,6 +35,8 @@ HANDED_OVER = {
         "shared.base.index(HALF).store(new_base)",
         "base = shared.base.index(1).load(LOGIT_ROWS)",
         "shared.sums.index(2 * HALF).store(exact)",
+        "shared.sums.index(2 * HALF + 1).store(rounded)",
+        "rounded = rounded + shared.sums.index(3 - 2 * HALF).load(LOGIT_ROWS)",
         "exact = exact + shared.sums.index(2 - 2 * HALF).load(LOGIT_ROWS)",
     ),
     "ops/dense_decode/sm90_kernel.py": (
@@ -42,7 +44,20 @@ HANDED_OVER = {
         "shared.base.index(HALF).store(new_base)",
         "base = shared.base.index(1).load(LOGIT_ROWS)",
         "shared.sums.index(2 * HALF).store(exact)",
+        "shared.sums.index(2 * HALF + 1).store(rounded)",
+        "rounded = rounded + shared.sums.index(3 - 2 * HALF).load(LOGIT_ROWS)",
         "exact = exact + shared.sums.index(2 - 2 * HALF).load(LOGIT_ROWS)",
+    ),
+    "ops/sparse_decode/sm90_many_heads_kernel.py": (
+        "exchange.slice(HALF * 64, 64).store(top)",
+        "return gl.maximum(top, exchange.slice(64 - HALF * 64, 64).load(row))",
+        "target.store(parts.reshape([4096]))",
+        "parts = half.load(P_VECTORS).reshape([2, 2, 4, 8, 4, 2, 2])"
+        ".permute((2, 1, 3, 0, 5, 4, 6))",
+        "vectors.index(BASE).store(base)",
+        "base = vectors.index(BASE).load(S_ROW)",
+        "exchange.slice(0, 64).store(inverse)",
+        "inverse = exchange.slice(0, 64).load(S_ROW)",
     ),
     "ops/sparse_prefill/sm90_few_heads_kernel.py": (
         "bias = shared.bias.load(gl.SliceLayout(1, layout))",
