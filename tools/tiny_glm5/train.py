@@ -36,9 +36,9 @@ class Plan:
         balance: how fast the experts' biases follow their load.
     """
 
-    dense: int = 3600
+    dense: int = 8000
     warm_up: int = 200
-    sparse: int = 1600
+    sparse: int = 2600
     rate: float = 2e-3
     indexer_rate: float = 2e-3
     question: float = 0.1
