@@ -135,7 +135,7 @@ def regression(
     _quiet()
     from .model import load
     from .regression import run_regression
-    from .regression_report import summary, write_report
+    from .regression_report import conclusions, table, write_report
     from .tasks import problem_set
 
     writable(html, "--html")
@@ -156,9 +156,8 @@ def regression(
     if json is not None:
         made.save(json)
     write_report(made, html)
-    for line in summary(made):
-        typer.echo(line)
-    typer.echo(f"report: {html}")
+    for text in (*table(made), "", *conclusions(made), "", f"report: {html}"):
+        typer.echo(text)
 
 
 @app.command()
@@ -218,19 +217,24 @@ def _progress(total: int) -> Iterator[Callable[[int, str, bool], None]]:
 
 @contextmanager
 def _variants(total: int) -> Iterator[Any]:
-    """The same for several variants in turn."""
-    from .regression import Progress, Variant
+    """The same for several variants in turn; what is done is one line each."""
+    from .regression import Measured, Progress, Variant
 
     with _bar() as bar:
 
         class Shown(Progress):
             def variant(self, variant: Variant, problems: int) -> None:
-                self.label, self.right, self.done = variant.label, 0, 0
+                self.label, self.right, self.done_ = variant.label, 0, 0
                 self.task = bar.add_task(variant.label, total=problems)
 
             def answer(self, number: int, text: str, right: bool) -> None:
-                self.right, self.done = self.right + right, self.done + 1
-                shown = f"{self.label}: {self.right}/{self.done} right"
+                self.right, self.done_ = self.right + right, self.done_ + 1
+                shown = f"{self.label}: {self.right}/{self.done_} right"
                 bar.update(self.task, advance=1, description=shown)
+
+            def done(self, measured: Measured) -> None:
+                bar.remove_task(self.task)
+                right, seconds = measured.log.share.right, sum(measured.seconds.values())
+                typer.echo(f"{self.label}: {right} of {total} right, {seconds:.0f} s", err=True)
 
         yield Shown()

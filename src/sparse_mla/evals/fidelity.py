@@ -1,4 +1,4 @@
-"""How far a model's predictions move when its attention changes: KL on the worked answers."""
+"""How far a model's predictions move when its attention changes: KL on problems and answers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Fidelity:
     """A model against its reference, on the same texts.
 
     Attributes:
-        kl: KL(reference || model) per token of the worked answers, in nats.
+        kl: KL(reference || model) per token of the problems and their worked answers, in nats.
         agreement: share of those tokens at which both would choose the same one.
         problems, tokens: what was measured on.
         per_problem: each problem's mean KL.
@@ -52,10 +52,11 @@ def predictions(
     limit: int,
     on_problem: Callable[[], None] | None = None,
 ) -> list[torch.Tensor]:
-    """Log-probabilities [tokens, vocabulary] for every token of the first worked answers.
+    """Log-probabilities [tokens, vocabulary] for every token of the first problems and answers.
 
-    The text is given, so that every model is asked about the same tokens. What all prompts share
-    is read once and cropped back to.
+    The text is given, so that every model is asked about the same tokens. Questions are what a
+    trained model is least sure of: an answer's tokens it may know so well that nothing moves them.
+    What all prompts share is read once and cropped back to.
     """
     texts = [(prompt_of(problems.shots, p.question), p.answer) for p in problems.asked[:limit]]
     prompts = [tokenizer(prompt).input_ids for prompt, _ in texts]
@@ -63,11 +64,10 @@ def predictions(
     shared = prompts[0][: common_prefix(prompts)] if len(prompts) > 1 else []
     cache = prefilled(model, shared, 1)
     found = []
-    for prompt, whole in zip(prompts, wholes, strict=True):
+    for whole in wholes:
         ids = torch.tensor([whole[len(shared) : -1]], device=model.device)
-        answer = len(whole) - len(prompt)
         out = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
-        found.append(out.logits[0, -answer:].float().log_softmax(-1).cpu())
+        found.append(out.logits[0].float().log_softmax(-1).cpu())
         if cache is not None:
             cache.crop(-ids.shape[1])
         if on_problem is not None:

@@ -10,7 +10,7 @@ import torch
 from ..accuracy.budgets import expect
 from ..accuracy.case import Inputs, Output
 from ..accuracy.diagnose import Call, Trial, diagnose, verdict
-from ..accuracy.metrics import compare
+from ..accuracy.metrics import Metrics, compare
 from ..integrations.transformers import apply, restore
 from ..integrations.transformers.attention import attend
 from ..kv_cache import KVCache
@@ -28,9 +28,13 @@ class OperatorError:
     """The worst layer's metrics (docs/accuracy.md).
 
     Attributes:
-        multiple, budget: error and what is allowed, in multiples of ideal rounding.
-        gain: the part of the error along the answer.
+        multiple, budget: error and what is allowed, in multiples of ideal rounding, of the layer
+            whose error is largest.
+        gain: the part of the error along the answer, the largest of any layer.
+        used: the largest share of any layer's budgets (error, worst row, gain, lse) that is used;
+            above 1 the gate fails.
         passed: whether every layer's call is within its budget.
+        problem: the gate's words for the first layer that is not; "" if all are.
         diagnosis: the fault that reproduces the wrong answers; "" if they are right.
         calls: layers that were judged.
     """
@@ -38,7 +42,9 @@ class OperatorError:
     multiple: float
     budget: float
     gain: float
+    used: float
     passed: bool
+    problem: str
     diagnosis: str
     calls: int
 
@@ -93,7 +99,21 @@ def operator_error(calls: list[Inputs], fault: str | None) -> OperatorError:
         multiple=worst.multiple,
         budget=worst.budget,
         gain=max((m.gain for m in judged), key=abs),
+        used=max(map(_used, judged)),
         passed=not failed,
+        problem=next((m.problem for m in judged if m.problem), ""),
         diagnosis=found,
         calls=len(judged),
     )
+
+
+def _used(metrics: Metrics) -> float:
+    """The largest part of a call's budgets that is used."""
+    shares = [
+        metrics.multiple / metrics.budget,
+        metrics.row_ratio,
+        abs(metrics.gain) / metrics.gain_budget,
+    ]
+    if metrics.lse_budget > 0:
+        shares.append(metrics.lse_err / metrics.lse_budget)
+    return max(shares)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from .operator_tier import OperatorError, operator_error, record
 from .run import ask
 from .tasks import ProblemSet
 
-FORMAT = "sparse_mla.regression/1"
+FORMAT = "sparse_mla.regression/2"
 
 SIGNIFICANT = 0.05
 MARGIN = 0.25
@@ -98,13 +98,21 @@ class Regression:
     measured: list[Measured]
 
     def save(self, path: Path) -> None:
+        """Write a file of tens of KB: texts are kept of problems that some variant got wrong."""
+        wrong = sorted({a.number for one in self.measured for a in one.log.answered if not a.right})
         rows = []
         for one in self.measured:
-            row = asdict(one)
+            answered = {a.number: a for a in one.log.answered}
+            row = asdict(replace(one, log=Log({})))
+            row["log"] = {
+                "about": one.log.about,
+                "count": len(answered),
+                "shown": [asdict(answered[number]) for number in wrong],
+            }
             row["first"] = one.first
             rows.append(row)
-        text = json.dumps({"format": FORMAT, "about": self.about, "variants": rows})
-        path.write_text(text + "\n", encoding="utf-8")
+        made = {"format": FORMAT, "about": self.about, "variants": rows}
+        path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 
 def load_regression(path: Path) -> Regression:
@@ -122,7 +130,10 @@ def load_regression(path: Path) -> Regression:
 
 
 def _measured(row: dict[str, Any]) -> Measured:
-    log = Log(row["log"]["about"], [Answered(**one) for one in row["log"]["answered"]])
+    shown = {one["number"]: Answered(**one) for one in row["log"]["shown"]}
+    # Problems that every variant got right were kept without their texts.
+    right = [Answered(i, "", "", None, True, "") for i in range(row["log"]["count"])]
+    log = Log(row["log"]["about"], [shown.get(one.number, one) for one in right])
     kl = {**row["fidelity"], "kl": Interval(**row["fidelity"]["kl"])}
     return Measured(
         variant=Variant(**row["variant"]),
@@ -144,6 +155,8 @@ class Progress:
     def variant(self, variant: Variant, problems: int) -> None: ...
 
     def answer(self, number: int, text: str, right: bool) -> None: ...
+
+    def done(self, measured: Measured) -> None: ...
 
 
 def run_regression(
@@ -197,6 +210,7 @@ def run_regression(
         if healthy is not None:
             _judge(one, healthy)
         measured.append(one)
+        told.done(one)
     facts = {
         **(about or {}),
         "problems": len(problems.asked),

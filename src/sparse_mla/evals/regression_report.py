@@ -10,12 +10,7 @@ from .compare import compare
 from .regression import HEALTHY, Measured, Regression
 
 SHOWN = 4
-TIERS = {
-    "operator": "the gate, on one attention call per layer",
-    "kl": "KL of the predictions",
-    "accuracy": "the answers",
-    "none": "none",
-}
+TIERS = {"operator": "the gate", "kl": "KL", "accuracy": "the answers"}
 
 
 def write_report(regression: Regression, path: Path) -> None:
@@ -37,27 +32,50 @@ def render(regression: Regression) -> str:
         about=regression.about,
         measured=measured,
         tiers=TIERS,
-        found=[one for one in measured if one.variant.fault not in (None, "clean")],
         answers=as_svg(_answers(measured)),
         errors=as_svg(_errors(measured)),
         examples=_examples(measured),
-        summary=summary(regression),
+        conclusions=conclusions(regression),
     )
 
 
-def summary(regression: Regression) -> list[str]:
-    """One line per variant, for the report's head and the terminal."""
-    lines = []
+def table(regression: Regression) -> list[str]:
+    """The variants as lines for a terminal."""
+    head = ("attention", "accuracy, 95 % interval", "lost/won", "KL to bf16", "gate")
+    rows = [head, *map(_cells, regression.measured)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _cells(one: Measured) -> tuple[str, ...]:
+    share = one.log.share
+    return (
+        one.variant.label,
+        f"{share.value:.4f}  {share.low:.4f} to {share.high:.4f}",
+        f"{one.only_reference}/{one.only_variant}",
+        f"{one.fidelity.kl.mean:.1e}",
+        "passed" if one.operator.passed else f"failed, names {one.operator.diagnosis}",
+    )
+
+
+def conclusions(regression: Regression) -> list[str]:
+    """A sentence for every fault: which tiers see it, and what the answers say."""
+    healthy = next(one for one in regression.measured if one.variant.key == HEALTHY)
+    base = healthy.fidelity.kl.mean
+    found = []
     for one in regression.measured:
-        share = one.log.share
-        seen = "" if not one.seen else f"; first seen by {TIERS[one.first]}"
-        verdict = "within budget" if one.operator.passed else f"named {one.operator.diagnosis}"
-        lines.append(
-            f"{one.variant.label}: accuracy {share.value:.3f} [{share.low:.3f}, {share.high:.3f}], "
-            f"KL {one.fidelity.kl.mean:.1e}, operator error {one.operator.multiple:.2f}x ideal "
-            f"({verdict}){seen}"
+        if one.variant.fault in (None, "clean"):
+            continue
+        seen = " and ".join(TIERS[tier] for tier in one.seen) or "no tier"
+        kl = f"KL is {one.fidelity.kl.mean / base:.3g}x the healthy cache's, " if base > 0 else ""
+        found.append(
+            f"{one.variant.label} is seen by {seen}: {kl}and {one.only_reference} of "
+            f"{one.log.share.count} answers are lost, {one.only_variant} won (p = {one.p:.2g})"
         )
-    return lines
+    return found
 
 
 def _colour(one: Measured) -> str:

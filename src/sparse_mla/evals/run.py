@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,13 +49,14 @@ def ask(
 
     begun = time.monotonic()
     # Not simple_evaluate: it reads all of lm-eval's task files first, ten seconds on a CPU.
-    found = lm_eval.evaluate(
-        Continued(model, tokenizer, batch, each),
-        {problems.name: lm_eval_task(problems)},
-        bootstrap_iters=0,
-        log_samples=True,
-        verbosity="ERROR",
-    )
+    with _no_second_bar():
+        found = lm_eval.evaluate(
+            Continued(model, tokenizer, batch, each),
+            {problems.name: lm_eval_task(problems)},
+            bootstrap_iters=0,
+            log_samples=True,
+            verbosity="ERROR",
+        )
     samples = sorted(found["samples"][problems.name], key=lambda sample: sample["doc_id"])
     answered = []
     for sample in samples:
@@ -79,3 +81,16 @@ def ask(
         "torch": torch.__version__,
     }
     return Log({**(about or {}), **facts}, answered)
+
+
+@contextmanager
+def _no_second_bar() -> Iterator[None]:
+    """lm-eval draws a bar over the building of prompts, a second's work, and offers no switch."""
+    import lm_eval.api.task as module
+
+    before = module.tqdm
+    module.tqdm = lambda rows, **_: rows
+    try:
+        yield
+    finally:
+        module.tqdm = before
