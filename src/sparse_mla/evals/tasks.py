@@ -61,6 +61,16 @@ def problem_set(task: str, data: str | None = None, limit: int | None = None) ->
     return ProblemSet(task, train[:GSM8K_SHOTS], test[:limit], GSM8K_TOKENS)
 
 
+def gsm8k_texts(data: str, limit: int) -> list[str]:
+    """GSM8K's first test problems with their answers, each one text.
+
+    Raises:
+        ValueError: as `problem_set`.
+    """
+    _, test = _gsm8k(data)
+    return [f"Question: {p.question}\nAnswer: {p.answer}" for p in test[:limit]]
+
+
 def _gsm8k(data: str) -> tuple[list[Problem], list[Problem]]:
     """The training and the test side."""
     folder = Path(data)
