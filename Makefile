@@ -34,18 +34,21 @@ test: setup $(MEASURED)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term
 
 # tests/integrations with the newest transformers that [transformers] allows, and with the oldest.
+# `make test` has neither; what is missing here is an error, not a skipped test.
 OLDEST_TRANSFORMERS := 5.17.0
 OLDEST := $(VENV)/transformers-$(OLDEST_TRANSFORMERS)
+NEEDED := import datasets, lm_eval, peft, scipy, transformers; print('transformers', transformers.__version__)
 
-$(VENV)/.transformers: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--editable '.[dev,transformers]' peft
+$(VENV)/.transformers: $(VENV)/.eval
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check peft
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target $(OLDEST) transformers==$(OLDEST_TRANSFORMERS)
 	touch $@
 
 test-transformers: $(VENV)/.transformers
+	$(BIN)/python -c "$(NEEDED)"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/integrations
+	PYTHONPATH=$(OLDEST) $(BIN)/python -c "$(NEEDED)"
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/integrations
 
 kernel-usage: setup $(MEASURED)/.installed
@@ -78,14 +81,20 @@ $(VENV)/.eval: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,eval]'
 	touch $@
 
-# A trained model answers problems over the FP8 cache, then meets the faults: docs/evaluation.md.
+# The trained model answers problems over the FP8 cache, loses one to a faulty kernel, and meets every
+# tier of the evaluation: docs/evaluation.md. Answers to 50 problems do not tell the fault; the
+# 1,319 of docs/reports do, and one attention call does.
 MODEL ?= models/tiny-glm5
 PROBLEMS ?= 50
+# One of those that docs/reports lists as lost.
+LOST := --start 192 --limit 1 --show 1
 
 demo: $(VENV)/.eval
-	@test -f $(MODEL)/config.json || { echo "no model in $(MODEL): train one (docs/tiny-model.md)" \
-		"or say where it is, make demo MODEL=FOLDER"; exit 2; }
+	@test -f $(MODEL)/config.json || { echo "no model in $(MODEL): say where it is," \
+		"make demo MODEL=FOLDER, or train one (docs/tiny-model.md)"; exit 2; }
 	$(BIN)/sparse-mla eval --model $(MODEL) --limit 4 --show 2
+	$(BIN)/sparse-mla eval --model $(MODEL) $(LOST)
+	$(BIN)/sparse-mla eval --model $(MODEL) $(LOST) --fault scale_pow2_down
 	$(BIN)/sparse-mla eval regression --model $(MODEL) --limit $(PROBLEMS) --html demo.html
 
 clean:

@@ -19,7 +19,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option(help="A folder with safetensors, or a hub id.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first that many problems.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only that many problems.")]
 Device = Annotated[str | None, typer.Option(help="Default: cuda if there is one.")]
 Batch = Annotated[int, typer.Option(min=1, help="Problems at a time.")]
 Task = Annotated[str, typer.Option(help="problems (generated) or gsm8k.")]
@@ -60,6 +60,7 @@ def evaluate(
     task: Task = "problems",
     data: Data = None,
     limit: Limit = None,
+    start: Annotated[int, typer.Option(min=0, help="The first problem's number.")] = 0,
     batch: Batch = 64,
     page_size: Annotated[int, typer.Option(min=1, help="Tokens per page.")] = 64,
     device: Device = None,
@@ -78,19 +79,21 @@ def evaluate(
 
     writable(log, "--log")
     where = device_named(device)
-    problems = problem_set(task, data, limit)
+    problems = problem_set(task, data, limit, start)
     loaded, tokenizer = load(model, where)
     attach(loaded, layout, fault, page_size)
     about = {
         "model": model, "layout": layout, "fault": fault, "page_size": page_size,
-        "device": str(where), "limit": limit,
+        "device": str(where), "limit": limit, "start": start,
     }  # fmt: skip
     with _progress(len(problems.asked)) as step:
         made = ask(loaded, tokenizer, problems, batch=batch, on_answer=step, about=about)
     if log is not None:
         made.save(log)
     for one in made.answered[:show]:
-        typer.echo(f"{one.question}\n{one.response.strip()}\n({one.target})\n")
+        verdict = "right" if one.right else f"wrong, the answer is {one.target}"
+        answer = one.response.strip().replace("\n", "\n    ")
+        typer.echo(f"{one.number}: {one.question}\n    {answer}    [{verdict}]\n")
     typer.echo(f"{made.about['task']}, {made.name}: {made.share}, {made.about['seconds']} s")
 
 

@@ -14,7 +14,7 @@ from .log import Answered, Log
 from .problems import read_answer
 from .tasks import ProblemSet, lm_eval_task
 
-# (problem's number, its answer, whether the final number is right)
+# (the problem's place among those asked, its answer, whether the final number is right)
 OnAnswer = Callable[[int, str, bool], None]
 
 
@@ -64,7 +64,7 @@ def ask(
         problem = problems.asked[sample["doc_id"]]
         answered.append(
             Answered(
-                number=sample["doc_id"],
+                number=problems.first + sample["doc_id"],
                 question=problem.question,
                 target=problem.target,
                 given=read_answer(response),

@@ -27,26 +27,32 @@ class ProblemSet:
     Attributes:
         name: the task's name, as logs keep it.
         shots: worked problems that stand before every question.
-        asked: the problems; a problem's number is its place here.
+        asked: the problems, in the task's order.
         longest: tokens an answer may have.
+        first: the number of the first problem; numbers count through the whole task.
     """
 
     name: str
     shots: list[Problem]
     asked: list[Problem]
     longest: int
+    first: int = 0
 
 
-def problem_set(task: str, data: str | None = None, limit: int | None = None) -> ProblemSet:
+def problem_set(
+    task: str, data: str | None = None, limit: int | None = None, start: int = 0
+) -> ProblemSet:
     """The problems of a task.
 
     Args:
         task: "problems" (generated, docs/tiny-model.md) or "gsm8k".
         data: for gsm8k, a folder with train.jsonl and test.jsonl, or a hub id.
-        limit: the first that many problems; None for all.
+        limit: only that many problems; None for all.
+        start: the number of the first one.
 
     Raises:
-        ValueError: no such task, a limit below 1, files that are missing or not GSM8K's form.
+        ValueError: no such task, a limit below 1, no problem of that number, files that are missing
+            or not GSM8K's form.
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}, allowed: {', '.join(TASKS)}")
@@ -55,10 +61,14 @@ def problem_set(task: str, data: str | None = None, limit: int | None = None) ->
     if task == GENERATED:
         if data is not None:
             raise ValueError(f"data is {data!r}, the generated problems need none")
-        asked = held_out() if limit is None else held_out(limit)
-        return ProblemSet(task, fewshot(), asked, GENERATED_TOKENS)
-    train, test = _gsm8k(data or GSM8K_HUB)
-    return ProblemSet(task, train[:GSM8K_SHOTS], test[:limit], GSM8K_TOKENS)
+        shots, longest, every = fewshot(), GENERATED_TOKENS, held_out()
+    else:
+        train, every = _gsm8k(data or GSM8K_HUB)
+        shots, longest = train[:GSM8K_SHOTS], GSM8K_TOKENS
+    if not 0 <= start < len(every):
+        raise ValueError(f"start is {start}, must be one of the numbers 0 to {len(every) - 1}")
+    asked = every[start : None if limit is None else start + limit]
+    return ProblemSet(task, shots, asked, longest, start)
 
 
 def gsm8k_texts(data: str, limit: int) -> list[str]:
