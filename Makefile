@@ -93,8 +93,10 @@ demo: $(VENV)/.eval
 	@test -f $(MODEL)/config.json || { echo "no model in $(MODEL): say where it is," \
 		"make demo MODEL=FOLDER, or train one (docs/tiny-model.md)"; exit 2; }
 	$(BIN)/sparse-mla eval --model $(MODEL) --limit 4 --show 2
+	@echo; echo "One more over the same cache; then with a kernel that rounds the scales down:"
 	$(BIN)/sparse-mla eval --model $(MODEL) $(LOST)
 	$(BIN)/sparse-mla eval --model $(MODEL) $(LOST) --fault scale_pow2_down
+	@echo; echo "Five ways to attend, and who sees the faults:"
 	$(BIN)/sparse-mla eval regression --model $(MODEL) --limit $(PROBLEMS) --html demo.html
 
 clean:

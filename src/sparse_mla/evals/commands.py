@@ -230,7 +230,7 @@ def report(
 def _threads_for(model: Any) -> None:
     """One thread for a small model on a CPU, unless OMP_NUM_THREADS says otherwise.
 
-    Its operations are too short to be shared. Where other work keeps the cores busy, two threads wait
+    Its operations are too short to be shared. Where other work keeps the cores busy, threads wait
     for each other at every one of them: 16 problems took 132 s instead of 8.
     """
     import torch
