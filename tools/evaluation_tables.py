@@ -17,9 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from sparse_mla.accuracy.report import BLUE, GREY, INK, ORANGE, new_figure, style_axes
+from sparse_mla.evals.layouts import load_found, tables
+from sparse_mla.evals.regression import load_regression
+from sparse_mla.evals.regression_report import TIERS
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = Path("models/tiny-glm5")
+REGRESSION = Path("docs/reports/regression-h200.json")
+LAYOUTS = Path("docs/reports/smollm2-layouts.json")
 CURVE = MODEL / "training.svg"
 
 
@@ -65,9 +70,57 @@ def checksums(root: Path) -> str:
     return "\n".join(lines)
 
 
+def regression(root: Path) -> str:
+    """The three tiers over the trained model, from the committed run."""
+    made = load_regression(root / REGRESSION)
+    lines = [
+        f"{made.about['device']}, torch {made.about['torch']}, commit {made.about['commit']}, "
+        f"{made.about['problems']} problems, KL over {made.measured[0].fidelity.tokens} tokens; "
+        f"[report]({REGRESSION.with_suffix('.html')}):",
+        "",
+        "| attention | accuracy, 95 % interval | lost / won | McNemar p | KL to bf16 | operator "
+        "error / ideal | gate | seen by |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in made.measured:
+        share, operator = one.log.share, one.operator
+        gate = "passed" if operator.passed else f"names `{operator.diagnosis}`"
+        lines.append(
+            f"| {one.variant.label} | {share.value:.4f} ({share.low:.4f} to {share.high:.4f}) | "
+            f"{one.only_reference} / {one.only_variant} | {one.p:.2g} | "
+            f"{one.fidelity.kl.mean:.1e} | {operator.multiple:.3g} | {gate} | "
+            f"{', '.join(TIERS[tier] for tier in one.seen) or '-'} |"
+        )
+    return "\n".join(lines)
+
+
+def layouts(root: Path) -> str:
+    """SmolLM2 through every layout."""
+    made = load_found(root / LAYOUTS)
+    about = made.about
+    return "\n".join(
+        [
+            f"{about['model']}, {about['texts']} texts with {about['tokens']} predicted tokens, "
+            f"torch {about['torch']}; intervals at 95 %, texts drawn again:",
+            "",
+            *tables(made)[0],
+        ]
+    )
+
+
+def faults(root: Path) -> str:
+    """The fault library ranked by KL."""
+    made = load_found(root / LAYOUTS)
+    silent = ", ".join(f"`{name}`" for name in made.silent)
+    return "\n".join([*tables(made)[1], "", f"Without effect on these texts: {silent}."])
+
+
 # Document, mark, and what stands there.
 PARTS: tuple[tuple[str, str, Callable[[Path], str]], ...] = (
     ("docs/tiny-model.md", "training", training),
+    ("docs/evaluation.md", "regression", regression),
+    ("docs/evaluation.md", "layouts", layouts),
+    ("docs/evaluation.md", "faults", faults),
     ("models/tiny-glm5/README.md", "training", training),
     ("models/tiny-glm5/README.md", "checksums", checksums),
 )

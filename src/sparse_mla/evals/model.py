@@ -37,19 +37,28 @@ def load(path: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -
         raise ValueError(f"model is {path!r}, must be a folder with config.json and safetensors")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        # Mismatched sizes are told below, by name; transformers would tell them in a log.
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except Exception as error:  # a corrupt file raises errors of several libraries
         text = " ".join(str(error).split())[:300]
         raise ValueError(f"model {path!r} cannot be loaded: {text}") from error
     model, info = loaded
-    for kind in ("missing_keys", "mismatched_keys"):
-        if info.get(kind):
-            names = sorted(map(str, info[kind]))
-            raise ValueError(
-                f"model {path!r} has {len(names)} {kind.replace('_', ' ')}, first: {names[0]}"
-            )
+    missing = sorted(map(str, info.get("missing_keys") or ()))
+    if missing:
+        raise ValueError(f"model {path!r} lacks {len(missing)} of its weights, first: {missing[0]}")
+    wrong = sorted(map(tuple, info.get("mismatched_keys") or ()))
+    if wrong:
+        name, stored, wanted = wrong[0]
+        raise ValueError(
+            f"model {path!r} has {len(wrong)} weights of sizes that config.json does not name, "
+            f"first: {name} is {list(stored)}, must be {list(wanted)}"
+        )
     return model.to(device).eval(), tokenizer
 
 

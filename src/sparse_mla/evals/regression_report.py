@@ -69,7 +69,8 @@ def conclusions(regression: Regression) -> list[str]:
     for one in regression.measured:
         if one.variant.fault in (None, "clean"):
             continue
-        seen = " and ".join(TIERS[tier] for tier in one.seen) or "no tier"
+        tiers = [TIERS[tier] for tier in one.seen]
+        seen = " and ".join(filter(None, [", ".join(tiers[:-1]), *tiers[-1:]])) or "no tier"
         kl = f"KL is {one.fidelity.kl.mean / base:.3g}x the healthy cache's, " if base > 0 else ""
         found.append(
             f"{one.variant.label} is seen by {seen}: {kl}and {one.only_reference} of "
@@ -99,7 +100,8 @@ def _answers(measured: list[Measured]) -> Any:
         axes.plot([share.low, share.high], [place, place], color=_colour(one), lw=2)
         axes.plot([share.value], [place], "o", color=_colour(one), ms=6)
     axes.set_xlabel("share of right answers, 95 % interval (Wilson)", fontsize=9, color=INK)
-    axes.set_xlim(max(0.0, min(one.log.share.low for one in measured) - 0.05), 1.005)
+    least = min(one.log.share.low for one in measured)
+    axes.set_xlim(max(0.0, least - 0.2 * (1 - least)), 1 + 0.05 * (1 - least))
     _labels(measured, axes)
     return figure
 

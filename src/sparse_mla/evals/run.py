@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .log import Answered, Log
-from .problems import read_answer
+from .problems import prompt_of, read_answer
 from .tasks import ProblemSet, lm_eval_task
 
 # (the problem's place among those asked, its answer, whether the final number is right)
@@ -47,6 +47,7 @@ def ask(
         if on_answer is not None:
             on_answer(number, text, read_answer(text) == problems.asked[number].target)
 
+    _check_length(model, tokenizer, problems)
     begun = time.monotonic()
     # Not simple_evaluate: it reads all of lm-eval's task files first, ten seconds on a CPU.
     with _no_second_bar():
@@ -81,6 +82,20 @@ def ask(
         "torch": torch.__version__,
     }
     return Log({**(about or {}), **facts}, answered)
+
+
+def _check_length(model: Any, tokenizer: Any, problems: ProblemSet) -> None:
+    """ValueError if a prompt and its answer may pass the positions that the model has."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is None:
+        return
+    prompt = max((prompt_of(problems.shots, p.question) for p in problems.asked), key=len)
+    need = len(tokenizer(prompt).input_ids) + problems.longest
+    if need > most:
+        raise ValueError(
+            f"the longest prompt of {problems.name!r} and its answer take {need} tokens, the model "
+            f"has max_position_embeddings {most}"
+        )
 
 
 @contextmanager
