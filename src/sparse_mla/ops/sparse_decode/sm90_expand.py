@@ -32,25 +32,21 @@ class Launch:
     Attributes:
         heads: heads of an item.
         rounded_sums: divide by the sum of the rounded weights instead of the exact sum.
-        ahead: units of 64 dims that are loaded before they are needed.
-        right_registers, fill_registers, resolve_registers: per thread of the worker warps; the
-            default ones get what is left of 512.
+        right_registers, fill_registers: per thread of the worker warps, the latter of two groups;
+            the default ones get what is left of 512.
+        prefetch: ask L2 for a tile's rows one tile ahead.
     """
 
     heads: int
     rounded_sums: bool
-    ahead: int
     right_registers: int
     fill_registers: int
-    resolve_registers: int
     prefetch: bool = True
 
 
-# H200, b=128 s_q=2, 64 heads, 128 + 512 tokens: 87 us (FlashMLA 104) with these registers, 96 in
-# another run with 56 registers for `fill` and 48 for `resolve`, and with sinks.
-LAUNCH = Launch(64, True, 2, 200, 64, 40)
-LAUNCH_32 = Launch(32, True, 2, 200, 64, 40)
-LAUNCH_16 = Launch(16, True, 2, 200, 64, 40)
+LAUNCH = Launch(64, True, 192, 56)
+LAUNCH_32 = Launch(32, True, 192, 56)
+LAUNCH_16 = Launch(16, True, 192, 56)
 
 
 def launch_for(heads: int) -> Launch:
@@ -187,11 +183,9 @@ def attend(
             HEADS=launch.heads,
             EXTRA=len(sources) > 1,
             ROUNDED_SUMS=launch.rounded_sums,
-            AHEAD=launch.ahead,
             PREFETCH=launch.prefetch,
             RIGHT_REGISTERS=launch.right_registers,
             FILL_REGISTERS=launch.fill_registers,
-            RESOLVE_REGISTERS=launch.resolve_registers,
             num_warps=4,
         )
         if cuts:

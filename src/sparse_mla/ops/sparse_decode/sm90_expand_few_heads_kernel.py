@@ -8,6 +8,7 @@ one tile of a pair, and half of the output's dims for both tiles.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -26,9 +27,11 @@ from ..sparse_prefill.sm90_few_heads_kernel import (
     twice,
 )
 from ..sparse_prefill.sm90_kernel import (
+    COPY_ROWS,
     INF,
     LN2,
     TILE,
+    copy_rows,
     exp2,
     finite,
     log2,
@@ -72,6 +75,23 @@ def peak_of(s, peaks, HEADS: gl.constexpr):
 
 
 @gluon.jit
+def copy_query(
+    shape, work, query, shared, target, item,
+    HALF: gl.constexpr, BALANCED: gl.constexpr, HEADS: gl.constexpr,
+):  # fmt: skip
+    """Copy half of the columns of an item's Q, if there is such an item; zeros past the last head."""
+    if item < work.end:
+        which = item if BALANCED else shape.item_of(item)
+        token = shape.token(which)
+        head = shape.first_head(which) + gl.arange(0, HEADS, layout=COPY_ROWS)
+        offset = (token // shape.s_q).to(gl.int64) * query.stride_b
+        offset += (token % shape.s_q).to(gl.int64) * query.stride_s
+        offsets = (offset + head.to(gl.int64) * query.stride_h) * 8
+        copy_rows(target.index(0), query.pointer, offsets, head < shape.heads, 256 * HALF, 256)
+        async_copy.mbarrier_arrive(shared.q_full, increment_count=False)
+
+
+@gluon.jit
 def attend_half_few(
     shape,
     work,
@@ -86,6 +106,7 @@ def attend_half_few(
     parts_ptr,
     parts_lse_ptr,
     scale_log2,
+    query,
     HALF: gl.constexpr,  # 0: left, 1: right
     BALANCED: gl.constexpr,
     HEADS: gl.constexpr,  # 16 or 32
@@ -101,6 +122,8 @@ def attend_half_few(
     done = 0
     item_phase = 0
     start = work.start
+    target = shared.q_left if HALF == 0 else shared.q_right
+    copy_query(shape, work, query, shared, target, work.begin, HALF, BALANCED, HEADS)
     for item in range(work.begin, work.end, work.step):
         b = shape.sequence(item if BALANCED else shape.item_of(item))
         in_lists = pair_count(
@@ -181,6 +204,8 @@ def attend_half_few(
             # The last pair's tile becomes the staging buffer of the output first.
             mbarrier.arrive(values_free.index(1), count=1, pred=j < pairs - 1)
 
+        # Both consumers' logits are done: each has waited for the other one's weights.
+        copy_query(shape, work, query, shared, target, item + work.step, HALF, BALANCED, HEADS)
         shared.sums.index(2 * HALF).store(gl.sum(exact, 0))
         if HEADS == WIDTH:
             shared.sums.index(2 * HALF + 1).store(gl.sum(rounded, 0))

@@ -25,9 +25,10 @@ from ..sparse_prefill.sm90_kernel import (
     log2,
     sink_factor,
 )
-from .sm90_expand_few_heads_kernel import attend_half_few
-from .sm90_expand_fill_kernel import RING, Pages, Ring, fill, resolve
+from .sm90_expand_few_heads_kernel import attend_half_few, copy_query
+from .sm90_expand_fill_kernel import Pages, fill
 from .sm90_expand_plan_kernel import (
+    Query,
     Shape,
     entries,
     pair_count,
@@ -70,6 +71,7 @@ def attend_half(
     parts_ptr,
     parts_lse_ptr,
     scale_log2,
+    query,
     HALF: gl.constexpr,  # 0: left, 1: right
     BALANCED: gl.constexpr,
     ROUNDED_SUMS: gl.constexpr,
@@ -81,6 +83,8 @@ def attend_half(
     done = 0
     item_phase = 0
     start = work.start
+    target = shared.q_left if HALF == 0 else shared.q_right
+    copy_query(shape, work, query, shared, target, work.begin, HALF, BALANCED, 64)
     for item in range(work.begin, work.end, work.step):
         b = shape.sequence(item if BALANCED else shape.item_of(item))
         in_lists = pair_count(
@@ -92,6 +96,8 @@ def attend_half(
         acc, base, exact, rounded = attend_pairs(
             shared, pairs, done, scale_log2, HALF, 0, ROUNDED_SUMS, OUT
         )
+        # Both consumers' logits are done: `attend_pairs` waits for the other one's weights.
+        copy_query(shape, work, query, shared, target, item + work.step, HALF, BALANCED, 64)
         exact, rounded = both_sums(shared, exact, rounded, item_phase, HALF, ROUNDED_SUMS)
         lse = gl.where(exact == 0.0, -INF, base + log2(exact))
         factor = gl.where(rounded == 0.0, 0.0, 1.0 / rounded)
@@ -126,19 +132,19 @@ def attend_half(
 @gluon.jit
 def consumer(
     shape, work, shared, peaks, lengths, extra_lengths, sink_ptr, out_ptr, lse_ptr, max_ptr,
-    parts_ptr, parts_lse_ptr, scale_log2,
+    parts_ptr, parts_lse_ptr, scale_log2, query,
     HALF: gl.constexpr, BALANCED: gl.constexpr, ROUNDED_SUMS: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     if HEADS == 64:
         attend_half(
             shape, work, shared, lengths, extra_lengths, sink_ptr, out_ptr, lse_ptr, max_ptr,
-            parts_ptr, parts_lse_ptr, scale_log2,
+            parts_ptr, parts_lse_ptr, scale_log2, query,
             HALF, BALANCED, ROUNDED_SUMS,
         )  # fmt: skip
     else:
         attend_half_few(
             shape, work, shared, peaks, lengths, extra_lengths, sink_ptr, out_ptr, lse_ptr, max_ptr,
-            parts_ptr, parts_lse_ptr, scale_log2,
+            parts_ptr, parts_lse_ptr, scale_log2, query,
             HALF, BALANCED, HEADS,
         )  # fmt: skip
 
@@ -228,11 +234,9 @@ def attend(
     HEADS: gl.constexpr,  # of an item: 16, 32 or 64
     EXTRA: gl.constexpr,
     ROUNDED_SUMS: gl.constexpr,
-    AHEAD: gl.constexpr,
     PREFETCH: gl.constexpr,
     RIGHT_REGISTERS: gl.constexpr,
     FILL_REGISTERS: gl.constexpr,
-    RESOLVE_REGISTERS: gl.constexpr,
 ):
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -273,30 +277,23 @@ def attend(
         gl.allocate_shared_memory(gl.int64, [2, 1], barriers),
         gl.allocate_shared_memory(gl.int64, [2, 1], barriers),
     )
-    ring = Ring(
-        gl.allocate_shared_memory(gl.int64, [RING, TILE], plain),
-        gl.allocate_shared_memory(
-            gl.int32, [RING, TILE, 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        ),
-        gl.allocate_shared_memory(gl.int64, [RING, 1], barriers),
-        gl.allocate_shared_memory(gl.int64, [RING, 1], barriers),
-    )
-    # cp.async arrives once per lane: for Q, for the bf16 unit in the right half and for scales.
-    for place in gl.static_range(RING):
-        mbarrier.init(ring.full.index(place), count=129)
-        mbarrier.init(ring.free.index(place), count=1)
+    # The expanding groups' raw units, two each.
+    raws: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 1, [1, 0])
+    raw0 = gl.allocate_shared_memory(gl.int32, [2, TILE, 16], raws)
+    raw1 = gl.allocate_shared_memory(gl.int32, [2, TILE, 16], raws)
+    # cp.async arrives once per lane: both consumers copy their half of Q.
     for stage in gl.static_range(2):
         mbarrier.init(shared.left_full.index(stage), count=1)
-        mbarrier.init(shared.right_full.index(stage), count=129)
+        mbarrier.init(shared.right_full.index(stage), count=1)
         mbarrier.init(shared.left_free.index(stage), count=1)
         mbarrier.init(shared.right_free.index(stage), count=1)
         mbarrier.init(shared.p_full.index(stage), count=1)
         mbarrier.init(shared.sums_full.index(stage), count=1)
-    mbarrier.init(shared.q_full, count=128)
+    mbarrier.init(shared.q_full, count=256)
     mbarrier.init(shared.q_free, count=1)
 
     main = Pages(
-        gl.to_tensor(0).to(gl.int64),
+        kv_ptr,
         page_words.to(gl.int64),
         page_size,
         page_magic,
@@ -306,9 +303,8 @@ def attend(
         indices_stride_b.to(gl.int64),
         indices_stride_s.to(gl.int64),
     )
-    # Both caches are aligned to 16 bytes, so that the distance is a number of words.
     extra = Pages(
-        (extra_ptr.to(gl.int64) - kv_ptr.to(gl.int64)) // 16 * 4,
+        extra_ptr,
         extra_page_words.to(gl.int64),
         extra_page_size,
         extra_page_magic,
@@ -317,6 +313,9 @@ def attend(
         extra_indices_ptr,
         extra_stride_b.to(gl.int64),
         extra_stride_s.to(gl.int64),
+    )
+    query = Query(
+        q_ptr, q_stride_b.to(gl.int64), q_stride_s.to(gl.int64), q_stride_h.to(gl.int64)
     )
     gl.warp_specialize(
         [
@@ -336,6 +335,7 @@ def attend(
                     parts_ptr,
                     parts_lse_ptr,
                     scale_log2,
+                    query,
                     0,
                     BALANCED,
                     ROUNDED_SUMS,
@@ -358,6 +358,7 @@ def attend(
                     parts_ptr,
                     parts_lse_ptr,
                     scale_log2,
+                    query,
                     1,
                     BALANCED,
                     ROUNDED_SUMS,
@@ -370,37 +371,35 @@ def attend(
                     shape,
                     work,
                     shared,
-                    ring,
-                    lengths_ptr,
-                    extra_lengths_ptr,
-                    kv_ptr,
-                    BALANCED,
-                    AHEAD,
-                ),
-            ),
-            (
-                resolve,
-                (
-                    shape,
-                    work,
-                    shared,
-                    ring,
+                    raw0,
                     main,
                     extra,
                     lengths_ptr,
                     extra_lengths_ptr,
-                    q_ptr,
-                    kv_ptr,
-                    q_stride_b.to(gl.int64),
-                    q_stride_s.to(gl.int64),
-                    q_stride_h.to(gl.int64),
                     EXTRA,
                     BALANCED,
                     PREFETCH,
-                    HEADS,
+                    0,
+                ),
+            ),
+            (
+                fill,
+                (
+                    shape,
+                    work,
+                    shared,
+                    raw1,
+                    main,
+                    extra,
+                    lengths_ptr,
+                    extra_lengths_ptr,
+                    EXTRA,
+                    BALANCED,
+                    PREFETCH,
+                    1,
                 ),
             ),
         ],
         [4, 4, 4],
-        [RIGHT_REGISTERS, FILL_REGISTERS, RESOLVE_REGISTERS],
+        [RIGHT_REGISTERS, FILL_REGISTERS, FILL_REGISTERS],
     )

@@ -80,6 +80,20 @@ class Shape:
         return self.token(item).to(gl.int64) * self.heads + self.first_head(item)
 
 
+@aggregate
+class Query:
+    """Where Q is; strides in units of 8 elements."""
+
+    pointer: gl.tensor
+    stride_b: gl.tensor
+    stride_s: gl.tensor
+    stride_h: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, *fields):
+        self.pointer, self.stride_b, self.stride_s, self.stride_h = fields
+
+
 @gluon.jit
 def entries(limit, lengths, b):
     """How many entries of a list count."""
