@@ -46,7 +46,7 @@ class Launch:
 
 LAUNCH = Launch(64, True, 192, 56)
 LAUNCH_32 = Launch(32, True, 192, 56)
-LAUNCH_16 = Launch(16, True, 192, 56)
+LAUNCH_16 = Launch(16, True, 168, 72)
 
 
 def launch_for(heads: int) -> Launch:

@@ -204,13 +204,13 @@ def attend_half_few(
             # The last pair's tile becomes the staging buffer of the output first.
             mbarrier.arrive(values_free.index(1), count=1, pred=j < pairs - 1)
 
-        # Both consumers' logits are done: each has waited for the other one's weights.
-        copy_query(shape, work, query, shared, target, item + work.step, HALF, BALANCED, HEADS)
         shared.sums.index(2 * HALF).store(gl.sum(exact, 0))
         if HEADS == WIDTH:
             shared.sums.index(2 * HALF + 1).store(gl.sum(rounded, 0))
         barrier()
         mbarrier.arrive(shared.sums_full.index(HALF), count=1)
+        # Both consumers' logits are done: each has waited for the other one's weights.
+        copy_query(shape, work, query, shared, target, item + work.step, HALF, BALANCED, HEADS)
         mbarrier.wait(shared.sums_full.index(1 - HALF), item_phase)
         total = shared.sums.index(0).load(by_head) + shared.sums.index(2).load(by_head)
         lse = gl.where(total == 0.0, -INF, base + log2(total))
