@@ -18,11 +18,10 @@ PAIR = 128  # tokens per step
 # With batch_invariant=True every list is cut into parts of this many pairs.
 INVARIANT_PAIRS = 4
 MAX_SPLITS = 64
-# Lists with lengths are shared out on the device where there are more items than that per program.
-# Summing them up and merging costs 10 us: H200, 128 + up to 1024 tokens, 64 heads, s_q=2: 32 us at
-# b=2 and 85 at b=64 (128 items); by shape about 22 and 73 are expected (not measured) from the rows
-# without lengths, 21 at b=2 with 512 and 57 at b=64, and 2 us for each further tile.
-BALANCED_ROUNDS = 1
+# The plans of sm90_expand_plan_kernel, and what `sorted` is written for at most.
+BY_SHAPE, BALANCED, SORTED = 0, 1, 2
+ROUNDS = 16
+SORTED_SEQUENCES = 512
 
 
 @dataclass(frozen=True)
@@ -94,14 +93,14 @@ def attend(
     batch_invariant: bool,
     want_max: bool = False,
     launch: Launch | None = None,
-    balanced: bool | None = None,
+    kind: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Attention of q [b, s_q, h, 512] bf16 over one or two caches; see interface.decode.
 
     Args:
         num_splits: parts that each item is cut into; 0 chooses by shape, or by the lengths.
         want_max: also return max_logits; num_splits must be 1 then.
-        balanced: which plan, see sm90_expand_plan_kernel; None chooses.
+        kind: which plan, see sm90_expand_plan_kernel; None chooses.
 
     Returns:
         out [b, s_q, h, 512] bf16, lse [b, s_q, h] float32 natural, and max_logits like lse.
@@ -130,12 +129,20 @@ def attend(
     pairs = max(1, triton.cdiv(triton.cdiv(topk, 64) + triton.cdiv(extra_topk, 64), 2))
     multiprocessors = arch.of(q.device).multiprocessors
     lengths = main.lengths is not None or extra_lengths is not None
-    if balanced is None:
-        many = items > BALANCED_ROUNDS * multiprocessors
-        balanced = lengths and many and pairs > 1 and not num_splits and not batch_invariant
+    if kind is None:
+        kind = BY_SHAPE
+        # Lists with lengths, where they fill more than one round.
+        if lengths and items > multiprocessors and not (num_splits or batch_invariant):
+            few = b <= SORTED_SEQUENCES and items <= ROUNDS * multiprocessors
+            kind = SORTED if few else BALANCED
     launch = launch or launch_for(heads)
     meta = None
-    if balanced:
+    if kind == SORTED:
+        programs = min(multiprocessors, items)
+        planned = Plan(items, 1, pairs)
+        slots = cuts = 0
+        meta = torch.empty(programs, ROUNDS, dtype=torch.int32, device=q.device)
+    elif kind == BALANCED:
         programs = min(multiprocessors, items * pairs)
         planned = Plan(items, 1, pairs)
         slots = 2 * programs
@@ -181,6 +188,8 @@ def attend(
             planned.split_pairs,
             scale * math.log2(math.e),
             HEADS=launch.heads,
+            PLAN=kind,
+            SEQUENCES=max(128, triton.next_power_of_2(b)) if kind == SORTED else 0,
             EXTRA=len(sources) > 1,
             ROUNDED_SUMS=launch.rounded_sums,
             PREFETCH=launch.prefetch,

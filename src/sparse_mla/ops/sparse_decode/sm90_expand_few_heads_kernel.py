@@ -77,11 +77,11 @@ def peak_of(s, peaks, HEADS: gl.constexpr):
 @gluon.jit
 def copy_query(
     shape, work, query, shared, target, item,
-    HALF: gl.constexpr, BALANCED: gl.constexpr, HEADS: gl.constexpr,
+    HALF: gl.constexpr, PLAN: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     """Copy half of the columns of an item's Q, if there is such an item; zeros past the last head."""
     if item < work.end:
-        which = item if BALANCED else shape.item_of(item)
+        which = work.item(shape, item, PLAN)
         token = shape.token(which)
         head = shape.first_head(which) + gl.arange(0, HEADS, layout=COPY_ROWS)
         offset = (token // shape.s_q).to(gl.int64) * query.stride_b
@@ -108,7 +108,7 @@ def attend_half_few(
     scale_log2,
     query,
     HALF: gl.constexpr,  # 0: left, 1: right
-    BALANCED: gl.constexpr,
+    PLAN: gl.constexpr,
     HEADS: gl.constexpr,  # 16 or 32
 ):
     """A consumer: softmax of one tile of each pair, half of the output's dims."""
@@ -123,13 +123,14 @@ def attend_half_few(
     item_phase = 0
     start = work.start
     target = shared.q_left if HALF == 0 else shared.q_right
-    copy_query(shape, work, query, shared, target, work.begin, HALF, BALANCED, HEADS)
+    copy_query(shape, work, query, shared, target, work.begin, HALF, PLAN, HEADS)
     for item in range(work.begin, work.end, work.step):
-        b = shape.sequence(item if BALANCED else shape.item_of(item))
+        which = work.item(shape, item, PLAN)
+        b = shape.sequence(which)
         in_lists = pair_count(
             entries(shape.topk, lengths, b), entries(shape.extra_topk, extra_lengths, b)
         )
-        which, first, last, slot = work.cut(shape, item, start, in_lists, BALANCED)
+        first, last, slot = work.cut(shape, item, start, in_lists, PLAN)
         pairs = last - first
         base = gl.full([HEADS], -INF, gl.float32, layout=by_head)
         # Each thread sums its own tokens until the end.
@@ -210,7 +211,7 @@ def attend_half_few(
         barrier()
         mbarrier.arrive(shared.sums_full.index(HALF), count=1)
         # Both consumers' logits are done: each has waited for the other one's weights.
-        copy_query(shape, work, query, shared, target, item + work.step, HALF, BALANCED, HEADS)
+        copy_query(shape, work, query, shared, target, item + work.step, HALF, PLAN, HEADS)
         mbarrier.wait(shared.sums_full.index(1 - HALF), item_phase)
         total = shared.sums.index(0).load(by_head) + shared.sums.index(2).load(by_head)
         lse = gl.where(total == 0.0, -INF, base + log2(total))

@@ -163,17 +163,15 @@ class Piece:
 
 
 @gluon.jit
-def piece_of(shape, work, item, start, lengths, extra_lengths, BALANCED: gl.constexpr):
+def piece_of(shape, work, item, start, lengths, extra_lengths, PLAN: gl.constexpr):
     """An item's piece, its first tile and the unit where the next item starts."""
-    item = gl.minimum(item, shape.items() - 1)
-    which = item
-    if not BALANCED:
-        which = shape.item_of(item)
+    item = gl.minimum(item, gl.maximum(work.end, 1) - 1)
+    which = work.item(shape, item, PLAN)
     b = shape.sequence(which)
     limit = entries(shape.topk, lengths, b)
     extra_limit = entries(shape.extra_topk, extra_lengths, b)
     pairs = pair_count(limit, extra_limit)
-    _, first, last, _ = work.cut(shape, item, start, pairs, BALANCED)
+    first, last, _ = work.cut(shape, item, start, pairs, PLAN)
     s = shape.token(which) % shape.s_q
     return Piece(b, s, limit, extra_limit, 2 * last), 2 * first, start + pairs + 1
 
@@ -265,7 +263,7 @@ def prefetch(rows):
 @gluon.jit
 def fill(
     shape, work, shared, raw, main, extra, lengths, extra_lengths,
-    EXTRA: gl.constexpr, BALANCED: gl.constexpr, PREFETCH: gl.constexpr,
+    EXTRA: gl.constexpr, PLAN: gl.constexpr, PREFETCH: gl.constexpr,
     STAGE: gl.constexpr,
 ):  # fmt: skip
     """Expand tile `STAGE` of every pair of all items.
@@ -275,7 +273,7 @@ def fill(
     item = work.begin
     now = item < work.end
     piece, tile, start = piece_of(
-        shape, work, item, work.start, lengths, extra_lengths, BALANCED
+        shape, work, item, work.start, lengths, extra_lengths, PLAN
     )
     tile += STAGE
     slots, in_extra = load_slots(main, extra, piece, tile, now, EXTRA)
@@ -287,7 +285,7 @@ def fill(
     if tile >= piece.last:
         item += work.step
         piece, tile, start = piece_of(
-            shape, work, item, start, lengths, extra_lengths, BALANCED
+            shape, work, item, start, lengths, extra_lengths, PLAN
         )
         tile += STAGE
     slots, in_extra = load_slots(main, extra, piece, tile, item < work.end, EXTRA)
@@ -305,7 +303,7 @@ def fill(
         if tile >= piece.last:
             item += work.step
             piece, tile, start = piece_of(
-                shape, work, item, start, lengths, extra_lengths, BALANCED
+                shape, work, item, start, lengths, extra_lengths, PLAN
             )
             tile += STAGE
         slots, in_extra = load_slots(main, extra, piece, tile, item < work.end, EXTRA)

@@ -28,12 +28,15 @@ from ..sparse_prefill.sm90_kernel import (
 from .sm90_expand_few_heads_kernel import attend_half_few, copy_query
 from .sm90_expand_fill_kernel import Pages, fill
 from .sm90_expand_plan_kernel import (
+    BALANCED,
+    SORTED,
     Query,
     Shape,
     entries,
     pair_count,
     plan_balanced,
     plan_by_shape,
+    plan_sorted,
 )
 
 # Accumulators: with sixteen warps ptxas has no registers for instructions of 256 columns.
@@ -73,7 +76,7 @@ def attend_half(
     scale_log2,
     query,
     HALF: gl.constexpr,  # 0: left, 1: right
-    BALANCED: gl.constexpr,
+    PLAN: gl.constexpr,
     ROUNDED_SUMS: gl.constexpr,
 ):
     """A consumer: softmax of one tile of each pair, half of the output's columns."""
@@ -84,20 +87,21 @@ def attend_half(
     item_phase = 0
     start = work.start
     target = shared.q_left if HALF == 0 else shared.q_right
-    copy_query(shape, work, query, shared, target, work.begin, HALF, BALANCED, 64)
+    copy_query(shape, work, query, shared, target, work.begin, HALF, PLAN, 64)
     for item in range(work.begin, work.end, work.step):
-        b = shape.sequence(item if BALANCED else shape.item_of(item))
+        which = work.item(shape, item, PLAN)
+        b = shape.sequence(which)
         in_lists = pair_count(
             entries(shape.topk, lengths, b), entries(shape.extra_topk, extra_lengths, b)
         )
-        which, first, last, slot = work.cut(shape, item, start, in_lists, BALANCED)
+        first, last, slot = work.cut(shape, item, start, in_lists, PLAN)
         pairs = last - first
         mbarrier.wait(shared.q_full, item_phase)
         acc, base, exact, rounded = attend_pairs(
             shared, pairs, done, scale_log2, HALF, 0, ROUNDED_SUMS, OUT
         )
         # Both consumers' logits are done: `attend_pairs` waits for the other one's weights.
-        copy_query(shape, work, query, shared, target, item + work.step, HALF, BALANCED, 64)
+        copy_query(shape, work, query, shared, target, item + work.step, HALF, PLAN, 64)
         exact, rounded = both_sums(shared, exact, rounded, item_phase, HALF, ROUNDED_SUMS)
         lse = gl.where(exact == 0.0, -INF, base + log2(exact))
         factor = gl.where(rounded == 0.0, 0.0, 1.0 / rounded)
@@ -133,19 +137,19 @@ def attend_half(
 def consumer(
     shape, work, shared, peaks, lengths, extra_lengths, sink_ptr, out_ptr, lse_ptr, max_ptr,
     parts_ptr, parts_lse_ptr, scale_log2, query,
-    HALF: gl.constexpr, BALANCED: gl.constexpr, ROUNDED_SUMS: gl.constexpr, HEADS: gl.constexpr,
+    HALF: gl.constexpr, PLAN: gl.constexpr, ROUNDED_SUMS: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     if HEADS == 64:
         attend_half(
             shape, work, shared, lengths, extra_lengths, sink_ptr, out_ptr, lse_ptr, max_ptr,
             parts_ptr, parts_lse_ptr, scale_log2, query,
-            HALF, BALANCED, ROUNDED_SUMS,
+            HALF, PLAN, ROUNDED_SUMS,
         )  # fmt: skip
     else:
         attend_half_few(
             shape, work, shared, peaks, lengths, extra_lengths, sink_ptr, out_ptr, lse_ptr, max_ptr,
             parts_ptr, parts_lse_ptr, scale_log2, query,
-            HALF, BALANCED, HEADS,
+            HALF, PLAN, HEADS,
         )  # fmt: skip
 
 
@@ -203,7 +207,7 @@ def attend(
     max_ptr,  # [b * s_q, heads] float32, natural, or None; only where no item is cut
     parts_ptr,  # [slots, 64, 512] float32: items that are cut
     parts_lse_ptr,  # [slots, 64] float32, log2
-    meta_ptr,  # [programs, 4] int32, see plan_balanced; None where the plan is by shape
+    meta_ptr,  # int32, what plan_balanced or plan_sorted write; None by shape
     q_stride_b,  # strides of q in units of 8 elements
     q_stride_s,
     q_stride_h,
@@ -232,6 +236,8 @@ def attend(
     split_pairs,  # so many pairs of tiles
     scale_log2,  # softmax scale * log2(e)
     HEADS: gl.constexpr,  # of an item: 16, 32 or 64
+    PLAN: gl.constexpr,  # see sm90_expand_plan_kernel
+    SEQUENCES: gl.constexpr,  # sorted: at least b
     EXTRA: gl.constexpr,
     ROUNDED_SUMS: gl.constexpr,
     PREFETCH: gl.constexpr,
@@ -241,9 +247,10 @@ def attend(
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     barriers: gl.constexpr = mbarrier.MBarrierLayout()
-    BALANCED: gl.constexpr = meta_ptr is not None
     shape = Shape(s_q, heads, head_blocks, topk, extra_topk, items, whole, splits, split_pairs)
-    if BALANCED:
+    if PLAN == SORTED:
+        work = plan_sorted(shape, lengths_ptr, extra_lengths_ptr, meta_ptr, SEQUENCES)
+    elif PLAN == BALANCED:
         work = plan_balanced(shape, lengths_ptr, extra_lengths_ptr, meta_ptr)
     else:
         work = plan_by_shape(shape)
@@ -337,7 +344,7 @@ def attend(
                     scale_log2,
                     query,
                     0,
-                    BALANCED,
+                    PLAN,
                     ROUNDED_SUMS,
                     HEADS,
                 ),
@@ -360,7 +367,7 @@ def attend(
                     scale_log2,
                     query,
                     1,
-                    BALANCED,
+                    PLAN,
                     ROUNDED_SUMS,
                     HEADS,
                 ),
@@ -377,7 +384,7 @@ def attend(
                     lengths_ptr,
                     extra_lengths_ptr,
                     EXTRA,
-                    BALANCED,
+                    PLAN,
                     PREFETCH,
                     0,
                 ),
@@ -394,7 +401,7 @@ def attend(
                     lengths_ptr,
                     extra_lengths_ptr,
                     EXTRA,
-                    BALANCED,
+                    PLAN,
                     PREFETCH,
                     1,
                 ),
