@@ -32,6 +32,9 @@ WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
 UNITS = gl.constexpr(7)
 ROW_WORDS = gl.constexpr(144)
 FOOTER_WORDS = gl.constexpr(2)
+# A group of four warps expands half of the tokens of each tile; so many units are on their way.
+HALF_TILE = gl.constexpr(32)
+RAW = gl.constexpr(4)
 
 @aggregate
 class Pages:
@@ -69,7 +72,7 @@ class Pages:
 
 @gluon.jit
 def columns_of(rows, first: gl.constexpr, count: gl.constexpr):
-    """Pointers to words [first, first + count) of each row, [64, count], 16 bytes a lane."""
+    """Pointers to words [first, first + count) of each row, [32, count], 16 bytes a lane."""
     columns = gl.arange(0, count, layout=COLUMNS) + first
     at = rows[:, None] + columns[None, :]
     return gl.max_contiguous(gl.multiple_of(at, [1, 16]), [1, 4])
@@ -82,7 +85,7 @@ def is_there(rows):
 
 @gluon.jit
 def request(rows, unit: gl.constexpr, place):
-    """Copy unit `unit` of each row to its place, int32 [64, 16]; zeros where there is nothing."""
+    """Copy unit `unit` of each row to its place, int32 [32, 16]; zeros where there is nothing."""
     async_load(place, columns_of(rows, 16 * unit, 16), mask=is_there(rows)[:, None])
     async_copy.commit_group()
 
@@ -142,58 +145,105 @@ def expand(raw, scale):
 
 @gluon.jit
 def copy_rope(rows, target):
-    """Copy the bf16 unit of each row to target, words [64, 32] of K."""
+    """Copy the bf16 unit of each row to target, words [32, 32] of K."""
     async_load(target, columns_of(rows, 16 * UNITS, 32), mask=is_there(rows)[:, None])
     async_copy.commit_group()
 
 
 @aggregate
-class Piece:
-    """A program's part of an item, up to tile `last`."""
+class Cursor:
+    """A tile of a program's work: of item number `item`, whose tiles end before `last`."""
 
+    item: gl.tensor
+    tile: gl.tensor
+    last: gl.tensor
+    start: gl.tensor  # the unit where the next item starts, see Work
     b: gl.tensor
     s: gl.tensor
     entries: gl.tensor
     extra_entries: gl.tensor
-    last: gl.tensor
 
     @gluon.constexpr_function
     def __init__(self, *fields):
-        self.b, self.s, self.entries, self.extra_entries, self.last = fields
+        (
+            self.item,
+            self.tile,
+            self.last,
+            self.start,
+            self.b,
+            self.s,
+            self.entries,
+            self.extra_entries,
+        ) = fields
 
 
 @gluon.jit
-def piece_of(shape, work, item, start, lengths, extra_lengths, PLAN: gl.constexpr):
-    """An item's piece, its first tile and the unit where the next item starts."""
-    item = gl.minimum(item, gl.maximum(work.end, 1) - 1)
-    which = work.item(shape, item, PLAN)
+def cursor_at(shape, work, item, start, lengths, extra_lengths, PLAN: gl.constexpr):
+    """The first tile of an item; beyond the last one that of the last."""
+    known = gl.minimum(item, gl.maximum(work.end, 1) - 1)
+    which = work.item(shape, known, PLAN)
     b = shape.sequence(which)
     limit = entries(shape.topk, lengths, b)
     extra_limit = entries(shape.extra_topk, extra_lengths, b)
     pairs = pair_count(limit, extra_limit)
-    first, last, _ = work.cut(shape, item, start, pairs, PLAN)
+    first, last, _ = work.cut(shape, known, start, pairs, PLAN)
     s = shape.token(which) % shape.s_q
-    return Piece(b, s, limit, extra_limit, 2 * last), 2 * first, start + pairs + 1
+    return Cursor(item, 2 * first, 2 * last, start + pairs + 1, b, s, limit, extra_limit)
 
 
 @gluon.jit
-def load_slots(main, extra, piece, tile, alive, EXTRA: gl.constexpr):
-    """A tile's entries of the lists, [64]; whether they are of the extra one. -1 past the end."""
-    line = main.line(piece.b, piece.s)
-    limit = piece.entries
-    in_extra = tile >= (limit + (TILE - 1)) // TILE
+def first_cursor(shape, work, lengths, extra_lengths, PLAN: gl.constexpr):
+    return cursor_at(shape, work, work.begin, work.start, lengths, extra_lengths, PLAN)
+
+
+@gluon.jit
+def advance(shape, work, cursor, lengths, extra_lengths, PLAN: gl.constexpr):
+    """The next tile, if need be of the next item."""
+    item = cursor.item
+    tile = cursor.tile + 1
+    last = cursor.last
+    start = cursor.start
+    b = cursor.b
+    s = cursor.s
+    limit = cursor.entries
+    extra_limit = cursor.extra_entries
+    if tile >= last:
+        fresh = cursor_at(
+            shape, work, item + work.step, start, lengths, extra_lengths, PLAN
+        )
+        item = fresh.item
+        tile = fresh.tile
+        last = fresh.last
+        start = fresh.start
+        b = fresh.b
+        s = fresh.s
+        limit = fresh.entries
+        extra_limit = fresh.extra_entries
+    return Cursor(item, tile, last, start, b, s, limit, extra_limit)
+
+
+@gluon.jit
+def load_slots(
+    shape, work, main, extra, cursor, PART: gl.constexpr, EXTRA: gl.constexpr
+):
+    """A half tile's entries of the lists, [32], -1 past the end; whether they are of the extra."""
+    line = main.line(cursor.b, cursor.s)
+    limit = cursor.entries
+    tile = cursor.tile
+    main_tiles = (limit + (TILE - 1)) // TILE
+    in_extra = tile >= main_tiles
     if EXTRA:
-        tile -= gl.where(in_extra, (limit + (TILE - 1)) // TILE, 0)
-        line = gl.where(in_extra, extra.line(piece.b, piece.s), line)
-        limit = gl.where(in_extra, piece.extra_entries, limit)
-    limit = gl.where(alive, limit, 0)
-    entry = tile * TILE + gl.arange(0, TILE, layout=ROWS)
+        tile -= gl.where(in_extra, main_tiles, 0)
+        line = gl.where(in_extra, extra.line(cursor.b, cursor.s), line)
+        limit = gl.where(in_extra, cursor.extra_entries, limit)
+    limit = gl.where(cursor.item < work.end, limit, 0)
+    entry = tile * TILE + HALF_TILE * PART + gl.arange(0, HALF_TILE, layout=ROWS)
     return gl.load(line + entry, mask=entry < limit, other=-1), in_extra
 
 
 @gluon.jit
 def locate(main, extra, in_extra, slots, EXTRA: gl.constexpr):
-    """Pointers to the slots' rows, null if not valid, and to their scales, [64]."""
+    """Pointers to the slots' rows, null if not valid, and to their scales, [32]."""
     start = main.start
     page_words = main.page_words
     page_size = main.page_size
@@ -215,13 +265,13 @@ def locate(main, extra, in_extra, slots, EXTRA: gl.constexpr):
     at = page.to(gl.int64) * page_words
     footers = page_size.to(gl.int64) * ROW_WORDS + offset.to(gl.int64) * FOOTER_WORDS
     rows = start + (at + offset.to(gl.int64) * ROW_WORDS)
-    none = gl.zeros([TILE], gl.int64, layout=ROWS).to(rows.dtype)
+    none = gl.zeros([HALF_TILE], gl.int64, layout=ROWS).to(rows.dtype)
     return gl.where(ok, rows, none), start + (at + footers)
 
 
 @gluon.jit
 def load_scales(rows, footers):
-    """Both words of each row's scales, int32 [64] each."""
+    """Both words of each row's scales, int32 [32] each."""
     footers = gl.convert_layout(footers, gl.SliceLayout(1, SCALES), assert_trivial=True)
     ok = gl.convert_layout(is_there(rows), gl.SliceLayout(1, SCALES), assert_trivial=True)
     at = gl.expand_dims(footers, 1) + gl.arange(0, 2, layout=gl.SliceLayout(0, SCALES))[None, :]
@@ -235,7 +285,7 @@ def load_scales(rows, footers):
 
 @gluon.jit
 def prefetch(rows):
-    """Ask L2 for the five lines of 128 bytes of each row [64]; four lanes share a row."""
+    """Ask L2 for the five lines of 128 bytes of each row [32]; four lanes share a row."""
     lane = gl.arange(0, 4, layout=gl.SliceLayout(0, LINES))[None, :]
     row = gl.convert_layout(rows.to(gl.int64), gl.SliceLayout(1, LINES), assert_trivial=True)
     row, lane = gl.broadcast(gl.expand_dims(row, 1), lane)
@@ -261,77 +311,102 @@ def prefetch(rows):
 
 
 @gluon.jit
+def request_later(rows, next_rows, place, unit: gl.constexpr):
+    """Copy the unit that is RAW after `unit` of this tile."""
+    if unit + RAW < UNITS:
+        request(rows, unit + RAW, place)
+    else:
+        request(next_rows, unit + RAW - UNITS, place)
+
+
+@gluon.jit
+def expand_units(rows, next_rows, raw, place, target, scales, STEP: gl.constexpr):
+    """Expand two units, one in the last step, and copy those that take their places."""
+    here = raw.index((place + 2 * STEP) % RAW)
+    also = raw.index((place + 2 * STEP + 1) % RAW)
+    codes = here.load(UNIT)
+    if STEP < 3:
+        more = also.load(UNIT)
+    request_later(rows, next_rows, here, 2 * STEP)
+    if STEP < 3:
+        request_later(rows, next_rows, also, 2 * STEP + 1)
+    words = expand(codes, scale_pair(scales, 2 * STEP % 4))
+    target.slice(64 * (STEP % 2), 32, dim=1).store(words)
+    if STEP < 3:
+        words = expand(more, scale_pair(scales, 2 * STEP % 4 + 1))
+        target.slice(64 * (STEP % 2) + 32, 32, dim=1).store(words)
+
+
+@gluon.jit
 def fill(
     shape, work, shared, raw, main, extra, lengths, extra_lengths,
     EXTRA: gl.constexpr, PLAN: gl.constexpr, PREFETCH: gl.constexpr,
-    STAGE: gl.constexpr,
+    PART: gl.constexpr,
 ):  # fmt: skip
-    """Expand tile `STAGE` of every pair of all items.
+    """Expand half of the tokens of every tile.
 
-    Slots are loaded two tiles before they are needed, scales one, across the items' border.
+    Three tiles ahead a tile's slots are loaded, two ahead their rows are asked into L2 and their
+    scales loaded, half a tile ahead the rows are copied, also across the items' border.
     """
-    item = work.begin
-    now = item < work.end
-    piece, tile, start = piece_of(
-        shape, work, item, work.start, lengths, extra_lengths, PLAN
-    )
-    tile += STAGE
-    slots, in_extra = load_slots(main, extra, piece, tile, now, EXTRA)
-    rows, footers = locate(main, extra, in_extra, slots, EXTRA)
+    cursor = first_cursor(shape, work, lengths, extra_lengths, PLAN)
+    now = work.begin < work.end
+    slots0, extra0 = load_slots(shape, work, main, extra, cursor, PART, EXTRA)
+    cursor = advance(shape, work, cursor, lengths, extra_lengths, PLAN)
+    then = cursor.item < work.end
+    slots1, extra1 = load_slots(shape, work, main, extra, cursor, PART, EXTRA)
+    cursor = advance(shape, work, cursor, lengths, extra_lengths, PLAN)
+    slots, in_extra = load_slots(shape, work, main, extra, cursor, PART, EXTRA)
+    rows, footers = locate(main, extra, extra0, slots0, EXTRA)
+    if PREFETCH:
+        prefetch(rows)
     low, high = load_scales(rows, footers)
-    request(rows, 0, raw.index(0))
-    request(rows, 1, raw.index(1))
-    tile += 2
-    if tile >= piece.last:
-        item += work.step
-        piece, tile, start = piece_of(
-            shape, work, item, start, lengths, extra_lengths, PLAN
-        )
-        tile += STAGE
-    slots, in_extra = load_slots(main, extra, piece, tile, item < work.end, EXTRA)
-    left = reinterpret(shared.k_left, gl.int32, [2, TILE, 128], WORDS).index(STAGE)
-    right = reinterpret(shared.k_right, gl.int32, [2, TILE, 128], WORDS).index(STAGE)
+    next_rows, footers = locate(main, extra, extra1, slots1, EXTRA)
+    next_low, next_high = load_scales(next_rows, footers)
+    for unit in gl.static_range(4):
+        request(rows, unit, raw.index(unit))
+    if PREFETCH:
+        prefetch(next_rows)
+    lefts = reinterpret(shared.k_left, gl.int32, [2, TILE, 128], WORDS)
+    rights = reinterpret(shared.k_right, gl.int32, [2, TILE, 128], WORDS)
     done = 0
+    place = 0
     while now:
-        phase = (done & 1) ^ 1
-        next_rows, footers = locate(main, extra, in_extra, slots, EXTRA)
-        next_low, next_high = load_scales(next_rows, footers)
+        stage = done & 1
+        phase = ((done >> 1) & 1) ^ 1
+        left = lefts.index(stage).slice(HALF_TILE * PART, HALF_TILE, dim=0)
+        right = rights.index(stage).slice(HALF_TILE * PART, HALF_TILE, dim=0)
+        after_rows, footers = locate(main, extra, in_extra, slots, EXTRA)
+        after_low, after_high = load_scales(after_rows, footers)
         if PREFETCH:
-            prefetch(next_rows)
-        now = item < work.end
-        tile += 2
-        if tile >= piece.last:
-            item += work.step
-            piece, tile, start = piece_of(
-                shape, work, item, start, lengths, extra_lengths, PLAN
-            )
-            tile += STAGE
-        slots, in_extra = load_slots(main, extra, piece, tile, item < work.end, EXTRA)
-        mbarrier.wait(shared.left_free.index(STAGE), phase)
-        for unit in gl.static_range(UNITS):
-            if unit == 4:
+            prefetch(after_rows)
+        now = then
+        then = cursor.item < work.end
+        cursor = advance(shape, work, cursor, lengths, extra_lengths, PLAN)
+        slots, in_extra = load_slots(shape, work, main, extra, cursor, PART, EXTRA)
+        mbarrier.wait(shared.left_free.index(stage), phase)
+        mbarrier.wait(shared.right_free.index(stage), phase)
+        bias = shared.bias.index(stage).slice(HALF_TILE * PART, HALF_TILE, dim=0)
+        bias.store(gl.where(is_there(rows), 0.0, -INF))
+        copy_rope(rows, right.slice(96, 32, dim=1))
+        for step in gl.static_range(4):
+            if step == 2:
                 fence_async_shared()
                 barrier()
-                mbarrier.arrive(shared.left_full.index(STAGE), count=1)
-                mbarrier.wait(shared.right_free.index(STAGE), phase)
-                shared.bias.index(STAGE).store(gl.where(is_there(rows), 0.0, -INF))
-                copy_rope(rows, right.slice(96, 32, dim=1))
-            # The copies of one later unit, and those of the bf16 unit, may go on.
-            async_copy.wait_group(2 if unit == 4 or unit == 5 else 1)
-            place = raw.index((done + unit) & 1)
-            codes = place.load(UNIT)
-            if unit + 2 < UNITS:
-                request(rows, unit + 2, place)
-            else:
-                request(next_rows, unit + 2 - UNITS, place)
-            words = expand(codes, scale_pair(low if unit < 4 else high, unit % 4))
-            half = left if unit < 4 else right
-            half.slice(32 * (unit % 4), 32, dim=1).store(words)
+                mbarrier.arrive(shared.left_full.index(stage), count=1)
+            # The copies of later units may go on; the bf16 unit's end before the third step.
+            async_copy.wait_group(2 if step == 2 else 3)
+            half = left if step < 2 else right
+            scales = low if step < 2 else high
+            expand_units(rows, next_rows, raw, place, half, scales, step)
         fence_async_shared()
         barrier()
-        mbarrier.arrive(shared.right_full.index(STAGE), count=1)
+        mbarrier.arrive(shared.right_full.index(stage), count=1)
         rows = next_rows
         low = next_low
         high = next_high
+        next_rows = after_rows
+        next_low = after_low
+        next_high = after_high
         done += 1
+        place = (place + UNITS) % RAW
     async_copy.wait_group(0)

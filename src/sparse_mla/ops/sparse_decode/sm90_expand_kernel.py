@@ -26,7 +26,7 @@ from ..sparse_prefill.sm90_kernel import (
     sink_factor,
 )
 from .sm90_expand_few_heads_kernel import attend_half_few, copy_query
-from .sm90_expand_fill_kernel import Pages, fill
+from .sm90_expand_fill_kernel import HALF_TILE, RAW, Pages, fill
 from .sm90_expand_plan_kernel import (
     BALANCED,
     SORTED,
@@ -284,14 +284,14 @@ def attend(
         gl.allocate_shared_memory(gl.int64, [2, 1], barriers),
         gl.allocate_shared_memory(gl.int64, [2, 1], barriers),
     )
-    # The expanding groups' raw units, two each.
+    # The expanding groups' raw units.
     raws: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 1, [1, 0])
-    raw0 = gl.allocate_shared_memory(gl.int32, [2, TILE, 16], raws)
-    raw1 = gl.allocate_shared_memory(gl.int32, [2, TILE, 16], raws)
+    raw0 = gl.allocate_shared_memory(gl.int32, [RAW, HALF_TILE, 16], raws)
+    raw1 = gl.allocate_shared_memory(gl.int32, [RAW, HALF_TILE, 16], raws)
     # cp.async arrives once per lane: both consumers copy their half of Q.
     for stage in gl.static_range(2):
-        mbarrier.init(shared.left_full.index(stage), count=1)
-        mbarrier.init(shared.right_full.index(stage), count=1)
+        mbarrier.init(shared.left_full.index(stage), count=2)
+        mbarrier.init(shared.right_full.index(stage), count=2)
         mbarrier.init(shared.left_free.index(stage), count=1)
         mbarrier.init(shared.right_free.index(stage), count=1)
         mbarrier.init(shared.p_full.index(stage), count=1)
