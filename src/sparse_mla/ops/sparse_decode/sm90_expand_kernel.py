@@ -20,13 +20,13 @@ from ..sparse_prefill.sm90_kernel import (
     STORE_ROWS,
     TILE,
     Shared,
-    attend_pairs,
     both_sums,
     log2,
     sink_factor,
 )
 from .sm90_expand_few_heads_kernel import attend_half_few, copy_query
 from .sm90_expand_fill_kernel import HALF_TILE, RAW, Pages, fill
+from .sm90_expand_pairs_kernel import OUT, OUT_COLUMNS, OUT_ROWS, attend_pairs
 from .sm90_expand_plan_kernel import (
     BALANCED,
     SORTED,
@@ -38,11 +38,6 @@ from .sm90_expand_plan_kernel import (
     plan_by_shape,
     plan_sorted,
 )
-
-# Accumulators: with sixteen warps ptxas has no registers for instructions of 256 columns.
-OUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
-OUT_ROWS = gl.constexpr(gl.SliceLayout(1, OUT))
-OUT_COLUMNS = gl.constexpr(gl.SliceLayout(0, OUT))
 
 
 @gluon.jit
@@ -98,7 +93,7 @@ def attend_half(
         pairs = last - first
         mbarrier.wait(shared.q_full, item_phase)
         acc, base, exact, rounded = attend_pairs(
-            shared, pairs, done, scale_log2, HALF, 0, ROUNDED_SUMS, OUT
+            shared, pairs, done, scale_log2, HALF, ROUNDED_SUMS
         )
         # Both consumers' logits are done: `attend_pairs` waits for the other one's weights.
         copy_query(shape, work, query, shared, target, item + work.step, HALF, PLAN, 64)
