@@ -19,7 +19,7 @@ PAIR = 128  # tokens per step
 INVARIANT_PAIRS = 4
 MAX_SPLITS = 64
 # The plans of sm90_expand_plan_kernel, and what `sorted` is written for at most.
-BY_SHAPE, BALANCED, SORTED = 0, 1, 2
+WHOLE, BY_SHAPE, BALANCED, SORTED = 0, 1, 2, 3
 ROUNDS = 16
 SORTED_SEQUENCES = 512
 
@@ -43,8 +43,8 @@ class Launch:
     prefetch: bool = True
 
 
-LAUNCH = Launch(64, True, 192, 56)
-LAUNCH_32 = Launch(32, True, 192, 56)
+LAUNCH = Launch(64, True, 208, 48)
+LAUNCH_32 = Launch(32, True, 208, 48)
 LAUNCH_16 = Launch(16, True, 168, 72)
 
 
@@ -153,6 +153,8 @@ def attend(
         slots = planned.parts(items)
         programs = min(multiprocessors, planned.whole + slots)
         cuts = items - planned.whole
+        if not cuts:
+            kind = WHOLE
     parts = torch.empty(slots, HEADS, 512, dtype=torch.float32, device=q.device)
     parts_lse = torch.empty(slots, HEADS, dtype=torch.float32, device=q.device)
     # Triton launches on the current device, which need not be the tensors'.

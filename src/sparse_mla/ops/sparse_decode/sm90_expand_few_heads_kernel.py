@@ -39,7 +39,7 @@ from ..sparse_prefill.sm90_kernel import (
     round_weights,
     sink_factor,
 )
-from .sm90_expand_plan_kernel import entries, pair_count
+from .sm90_expand_plan_kernel import SORTED, WHOLE, entries, pair_count
 
 
 @gluon.jit
@@ -92,6 +92,26 @@ def copy_query(
 
 
 @gluon.jit
+def store_few(
+    shape, item, blocks, factor, lse, base, staging, sink_ptr, out_ptr, lse_ptr, max_ptr,
+    HALF: gl.constexpr, HEADS: gl.constexpr,
+):  # fmt: skip
+    """blocks * factor as bf16 columns of an item's rows; lse [HEADS] natural."""
+    heads = shape.heads
+    head = gl.arange(0, HEADS, layout=lse.type.layout)
+    lse = lse * LN2
+    if sink_ptr is not None:
+        sink = gl.load(sink_ptr + head, mask=head < heads, other=0.0)
+        factor = factor * sink_factor(lse, sink)
+    out = out_ptr + shape.row(item) * 512
+    store_half(blocks, factor, staging, out, heads, HEADS, 256 * HALF, False)
+    if HALF == 0:
+        gl.store(lse_ptr + shape.row(item) + head, lse, mask=head < heads)
+        if max_ptr is not None:
+            gl.store(max_ptr + shape.row(item) + head, base * LN2, mask=head < heads)
+
+
+@gluon.jit
 def attend_half_few(
     shape,
     work,
@@ -118,7 +138,6 @@ def attend_half_few(
     values = shared.k_left if HALF == 0 else shared.k_right
     values_free = shared.left_free if HALF == 0 else shared.right_free
     own_p = shared.p0 if HALF == 0 else shared.p1
-    head = gl.arange(0, HEADS, layout=by_head)
     done = 0
     item_phase = 0
     start = work.start
@@ -218,24 +237,23 @@ def attend_half_few(
         if HEADS == WIDTH:
             total = shared.sums.index(1).load(by_head) + shared.sums.index(3).load(by_head)
         factor = gl.where(total == 0.0, 0.0, 1.0 / total)
-        heads = shape.heads
         staging = values.index(1).slice(0, HEADS, dim=0)
-        if slot < 0:
-            lse = lse * LN2
-            if sink_ptr is not None:
-                sink = gl.load(sink_ptr + head, mask=head < heads, other=0.0)
-                factor = factor * sink_factor(lse, sink)
-            out = out_ptr + shape.row(which) * 512
-            store_half(blocks, factor, staging, out, heads, HEADS, 256 * HALF, False)
-            if HALF == 0:
-                gl.store(lse_ptr + shape.row(which) + head, lse, mask=head < heads)
-                if max_ptr is not None:
-                    gl.store(max_ptr + shape.row(which) + head, base * LN2, mask=head < heads)
+        if PLAN == WHOLE or PLAN == SORTED:
+            store_few(
+                shape, which, blocks, factor, lse, base, staging, sink_ptr, out_ptr, lse_ptr,
+                max_ptr, HALF, HEADS,
+            )  # fmt: skip
+        elif slot < 0:
+            store_few(
+                shape, which, blocks, factor, lse, base, staging, sink_ptr, out_ptr, lse_ptr,
+                max_ptr, HALF, HEADS,
+            )  # fmt: skip
         else:
             part = parts_ptr + slot.to(gl.int64) * (64 * 512)
-            store_half(blocks, factor, staging, part, heads, HEADS, 256 * HALF, True)
+            store_half(blocks, factor, staging, part, shape.heads, HEADS, 256 * HALF, True)
             if HALF == 0:
-                gl.store(parts_lse_ptr + slot * 64 + head, lse, mask=head < heads)
+                head = gl.arange(0, HEADS, layout=by_head)
+                gl.store(parts_lse_ptr + slot * 64 + head, lse, mask=head < shape.heads)
         barrier()
         mbarrier.arrive(values_free.index(1), count=1)
         start += in_lists + 1

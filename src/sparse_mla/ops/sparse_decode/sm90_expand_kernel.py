@@ -30,6 +30,7 @@ from .sm90_expand_pairs_kernel import OUT, OUT_COLUMNS, OUT_ROWS, attend_pairs
 from .sm90_expand_plan_kernel import (
     BALANCED,
     SORTED,
+    WHOLE,
     Query,
     Shape,
     entries,
@@ -41,18 +42,33 @@ from .sm90_expand_plan_kernel import (
 
 
 @gluon.jit
-def store_whole(acc, staging, out_ptr, heads, COLUMN: gl.constexpr):
-    """acc [64, 256] as bf16 columns of up to 64 rows, through shared memory: 512 bytes a warp."""
-    staging.store(acc.to(gl.bfloat16))
+def store_whole(
+    shape, item, acc, factor, lse, base, staging, sink_ptr, out_ptr, lse_ptr, max_ptr,
+    HALF: gl.constexpr,
+):  # fmt: skip
+    """acc * factor [64, 256] as bf16 columns of an item's rows; lse [64] natural."""
+    heads = shape.heads - shape.first_head(item)
+    head = gl.arange(0, TILE, layout=LOGIT_ROWS)
+    lse = lse * LN2
+    if sink_ptr is not None:
+        sink_ptr += shape.first_head(item)
+        sink = gl.load(sink_ptr + head, mask=head < heads, other=0.0)
+        factor = factor * sink_factor(lse, sink)
+    # Through shared memory, so that a warp stores 512 contiguous bytes.
+    staging.store((acc * gl.convert_layout(factor, OUT_ROWS)[:, None]).to(gl.bfloat16))
     barrier()
     rows = gl.arange(0, TILE, layout=STORE_ROWS)
     columns = gl.arange(0, 256, layout=STORE_COLUMNS)
     gl.store(
-        out_ptr + (rows[:, None] * 512 + (columns[None, :] + COLUMN)),
+        out_ptr + shape.row(item) * 512 + (rows[:, None] * 512 + (columns[None, :] + 256 * HALF)),
         staging.load(STORE),
         mask=(rows < heads)[:, None],
         cache_modifier=".cs",
     )
+    if HALF == 0:
+        gl.store(lse_ptr + shape.row(item) + head, lse, mask=head < heads)
+        if max_ptr is not None:
+            gl.store(max_ptr + shape.row(item) + head, base * LN2, mask=head < heads)
 
 
 @gluon.jit
@@ -100,20 +116,17 @@ def attend_half(
         exact, rounded = both_sums(shared, exact, rounded, item_phase, HALF, ROUNDED_SUMS)
         lse = gl.where(exact == 0.0, -INF, base + log2(exact))
         factor = gl.where(rounded == 0.0, 0.0, 1.0 / rounded)
-        heads = shape.heads - shape.first_head(which)
-        if slot < 0:
-            lse = lse * LN2
-            if sink_ptr is not None:
-                sink = gl.load(
-                    sink_ptr + (shape.first_head(which) + rows), mask=rows < heads, other=0.0
-                )
-                factor = factor * sink_factor(lse, sink)
-            acc = acc * gl.convert_layout(factor, OUT_ROWS)[:, None]
-            store_whole(acc, values.index(1), out_ptr + shape.row(which) * 512, heads, 256 * HALF)
-            if HALF == 0:
-                gl.store(lse_ptr + shape.row(which) + rows, lse, mask=rows < heads)
-                if max_ptr is not None:
-                    gl.store(max_ptr + shape.row(which) + rows, base * LN2, mask=rows < heads)
+        staging = values.index(1)
+        if PLAN == WHOLE or PLAN == SORTED:
+            store_whole(
+                shape, which, acc, factor, lse, base, staging, sink_ptr, out_ptr, lse_ptr, max_ptr,
+                HALF,
+            )  # fmt: skip
+        elif slot < 0:
+            store_whole(
+                shape, which, acc, factor, lse, base, staging, sink_ptr, out_ptr, lse_ptr, max_ptr,
+                HALF,
+            )  # fmt: skip
         else:
             acc = acc * gl.convert_layout(factor, OUT_ROWS)[:, None]
             out_rows = gl.arange(0, TILE, layout=OUT_ROWS)[:, None]

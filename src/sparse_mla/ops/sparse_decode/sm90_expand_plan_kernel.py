@@ -2,8 +2,9 @@
 
 An item is a query token and 64 of its heads; its tiles are those of its list in the main cache,
 then those of its list in the extra cache, two (a pair) at a time. Programs take items in one of
-three ways, and write what covers an item only in part to slots of a workspace:
+four ways, and write what covers an item only in part to slots of a workspace:
 
+- **Whole**: in turn; no item is cut.
 - **By shape**: `whole` items go to the programs in turn, each of the others is cut into `splits`.
 - **Sorted**: the longest items go to the programs in turn, forth and back, so that whoever got a
   long one gets a short one next. No item is cut.
@@ -22,9 +23,10 @@ from ..gluon_compat import barrier
 from .triton_kernel import sink_factor
 
 # The plans, see above.
-BY_SHAPE = gl.constexpr(0)
-BALANCED = gl.constexpr(1)
-SORTED = gl.constexpr(2)
+WHOLE = gl.constexpr(0)
+BY_SHAPE = gl.constexpr(1)
+BALANCED = gl.constexpr(2)
+SORTED = gl.constexpr(3)
 # The most items of a program where they are sorted.
 ROUNDS = gl.constexpr(16)
 # Sequences whose lengths are summed up at a time.
@@ -148,11 +150,10 @@ class Work:
 
         Returns the pairs [first, last) and the workspace's slot, -1 for none.
         """
-        if PLAN == SORTED:
+        if PLAN == WHOLE or PLAN == SORTED:
             first = item * 0
             last = pairs
-            # Always -1: Triton 3.6 does not compile the consumers if it knows that.
-            slot = gl.where(self.end > 0, -1, 0)
+            slot = first - 1
         elif PLAN == BALANCED:
             first = gl.maximum(self.first - start - 1, 0)
             last = gl.minimum(self.last - start - 1, pairs)
