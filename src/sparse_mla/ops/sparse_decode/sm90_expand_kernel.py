@@ -43,16 +43,14 @@ from .sm90_expand_plan_kernel import (
 
 @gluon.jit
 def store_whole(
-    shape, item, acc, factor, lse, base, staging, sink_ptr, out_ptr, lse_ptr, max_ptr,
+    shape, item, acc, factor, lse, base, sink, staging, out_ptr, lse_ptr, max_ptr,
     HALF: gl.constexpr,
 ):  # fmt: skip
     """acc * factor [64, 256] as bf16 columns of an item's rows; lse [64] natural."""
     heads = shape.heads - shape.first_head(item)
     head = gl.arange(0, TILE, layout=LOGIT_ROWS)
     lse = lse * LN2
-    if sink_ptr is not None:
-        sink_ptr += shape.first_head(item)
-        sink = gl.load(sink_ptr + head, mask=head < heads, other=0.0)
+    if sink is not None:
         factor = factor * sink_factor(lse, sink)
     # Through shared memory, so that a warp stores 512 contiguous bytes.
     staging.store((acc * gl.convert_layout(factor, OUT_ROWS)[:, None]).to(gl.bfloat16))
@@ -113,18 +111,23 @@ def attend_half(
         )
         # Both consumers' logits are done: `attend_pairs` waits for the other one's weights.
         copy_query(shape, work, query, shared, target, item + work.step, HALF, PLAN, 64)
+        # Loaded here, so that it has come when the sums have.
+        sink = None
+        if sink_ptr is not None:
+            head = shape.first_head(which) + gl.arange(0, TILE, layout=LOGIT_ROWS)
+            sink = gl.load(sink_ptr + head, mask=head < shape.heads, other=0.0)
         exact, rounded = both_sums(shared, exact, rounded, item_phase, HALF, ROUNDED_SUMS)
         lse = gl.where(exact == 0.0, -INF, base + log2(exact))
         factor = gl.where(rounded == 0.0, 0.0, 1.0 / rounded)
         staging = values.index(1)
         if PLAN == WHOLE or PLAN == SORTED:
             store_whole(
-                shape, which, acc, factor, lse, base, staging, sink_ptr, out_ptr, lse_ptr, max_ptr,
+                shape, which, acc, factor, lse, base, sink, staging, out_ptr, lse_ptr, max_ptr,
                 HALF,
             )  # fmt: skip
         elif slot < 0:
             store_whole(
-                shape, which, acc, factor, lse, base, staging, sink_ptr, out_ptr, lse_ptr, max_ptr,
+                shape, which, acc, factor, lse, base, sink, staging, out_ptr, lse_ptr, max_ptr,
                 HALF,
             )  # fmt: skip
         else:
