@@ -17,14 +17,17 @@ from ..gluon_compat import async_load, barrier, reinterpret
 from ..sparse_prefill.sm90_kernel import INF, TILE
 from .sm90_expand_plan_kernel import entries, pair_count
 
-# A unit, [64 tokens, 16 words]: four lanes take 64 bytes of a row, so that their 16-byte stores to
-# two rows of swizzled bf16 meet all banks.
+# Units of a group's 32 tokens, [32, 16 words], or two of them: four lanes take 64 bytes of a row, so
+# that their 16-byte stores to two rows of swizzled bf16 meet all banks.
 UNIT = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
 ROWS = gl.constexpr(gl.SliceLayout(1, UNIT))
 COLUMNS = gl.constexpr(gl.SliceLayout(0, UNIT))
+# Raw units: of two rows next to each other one has its halves exchanged, so that they also meet all
+# banks.
+RAW = gl.constexpr(gl.SwizzledSharedLayout(16, 1, 2, [1, 0]))
 # The two words of a row's scales, by the same threads.
 SCALES = gl.constexpr(gl.BlockedLayout([1, 2], [8, 4], [4, 1], [1, 0]))
-# `prefetch`: the same rows, one address a lane.
+# `prefetch`: one address a lane.
 LINES = gl.constexpr(gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0]))
 WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
 
@@ -32,9 +35,9 @@ WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
 UNITS = gl.constexpr(7)
 ROW_WORDS = gl.constexpr(144)
 FOOTER_WORDS = gl.constexpr(2)
-# A group of four warps expands half of the tokens of each tile; so many units are on their way.
+# A group of four warps expands half of the tokens of each tile, two units at a time.
 HALF_TILE = gl.constexpr(32)
-RAW = gl.constexpr(4)
+
 
 @aggregate
 class Pages:
@@ -71,23 +74,27 @@ class Pages:
 
 
 @gluon.jit
-def columns_of(rows, first: gl.constexpr, count: gl.constexpr):
-    """Pointers to words [first, first + count) of each row, [32, count], 16 bytes a lane."""
-    columns = gl.arange(0, count, layout=COLUMNS) + first
-    at = rows[:, None] + columns[None, :]
-    return gl.max_contiguous(gl.multiple_of(at, [1, 16]), [1, 4])
-
-
-@gluon.jit
 def is_there(rows):
     return rows.to(gl.int64) != 0
 
 
 @gluon.jit
-def request(rows, unit: gl.constexpr, place):
-    """Copy unit `unit` of each row to its place, int32 [32, 16]; zeros where there is nothing."""
-    async_load(place, columns_of(rows, 16 * unit, 16), mask=is_there(rows)[:, None])
+def copy_words(rows, FIRST: gl.constexpr, COUNT: gl.constexpr, target):
+    """Copy words [FIRST, FIRST + COUNT) of each row to target [32, 32]; zeros for all else."""
+    columns = gl.arange(0, 32, layout=COLUMNS)
+    at = rows[:, None] + (columns + FIRST)[None, :]
+    at = gl.max_contiguous(gl.multiple_of(at, [1, 16]), [1, 4])
+    mask = is_there(rows)[:, None]
+    if COUNT < 32:
+        mask = mask & (columns < COUNT)[None, :]
+    async_load(target, at, mask=mask)
     async_copy.commit_group()
+
+
+@gluon.jit
+def request(rows, raw, STEP: gl.constexpr):
+    """Copy the units of a step, two but in the last one, to its place."""
+    copy_words(rows, 32 * STEP, 32 if STEP < 3 else 16, raw.index(STEP % 2))
 
 
 @gluon.jit
@@ -113,8 +120,7 @@ def scale_pair(words, BYTE: gl.constexpr):
 
 @gluon.jit
 def expand(raw, scale):
-    """e4m3 words [64, n] times a pair of bf16 per row, [64], as words of bf16 [64, 2 n]."""
-    raw, scale = gl.broadcast(raw, gl.expand_dims(scale, 1))
+    """e4m3 words times a pair of bf16 each, as words of bf16 [..., 2]."""
     low, high = gl.inline_asm_elementwise(
         """{
         .reg .b16 x, y, a, b, c, d;
@@ -140,14 +146,29 @@ def expand(raw, scale):
         is_pure=True,
         pack=1,
     )
-    return gl.join(low, high).reshape([raw.shape[0], 2 * raw.shape[1]])
+    return gl.join(low, high)
 
 
 @gluon.jit
-def copy_rope(rows, target):
-    """Copy the bf16 unit of each row to target, words [32, 32] of K."""
-    async_load(target, columns_of(rows, 16 * UNITS, 32), mask=is_there(rows)[:, None])
-    async_copy.commit_group()
+def expand_units(codes, target, scales, STEP: gl.constexpr):
+    """Expand the units of a step to their columns of target, words [32, 128]."""
+    codes = gl.reshape(codes, [HALF_TILE, 2, 16])
+    if STEP < 3:
+        pair = gl.join(
+            scale_pair(scales, 2 * STEP % 4), scale_pair(scales, 2 * STEP % 4 + 1)
+        )
+        by_unit: gl.constexpr = gl.SliceLayout(2, codes.type.layout)
+        pair = gl.convert_layout(pair, by_unit, assert_trivial=True)
+        codes, pair = gl.broadcast(codes, gl.expand_dims(pair, 2))
+        words = gl.reshape(expand(codes, pair), [HALF_TILE, 64])
+        # One store: between two Triton would have the warps meet.
+        target.slice(64 * (STEP % 2), 64, dim=1).store(words)
+    else:
+        codes, _ = gl.split(gl.permute(codes, (0, 2, 1)))
+        codes = gl.convert_layout(codes, UNIT, assert_trivial=True)
+        codes, scale = gl.broadcast(codes, gl.expand_dims(scale_pair(scales, 2), 1))
+        words = gl.reshape(expand(codes, scale), [HALF_TILE, 32])
+        target.slice(64, 32, dim=1).store(words)
 
 
 @aggregate
@@ -284,22 +305,23 @@ def load_scales(rows, footers):
 
 
 @gluon.jit
-def prefetch(rows):
-    """Ask L2 for the five lines of 128 bytes of each row [32]; four lanes share a row."""
+def prefetch(rows, FIRST: gl.constexpr):
+    """Ask L2 for the lines of 128 bytes of each row [32] from line FIRST on, of five."""
     lane = gl.arange(0, 4, layout=gl.SliceLayout(0, LINES))[None, :]
     row = gl.convert_layout(rows.to(gl.int64), gl.SliceLayout(1, LINES), assert_trivial=True)
-    row, lane = gl.broadcast(gl.expand_dims(row, 1), lane)
+    row, lane = gl.broadcast(gl.expand_dims(row, 1), lane + FIRST)
     gl.inline_asm_elementwise(
         """{
-        .reg .pred valid, first;
-        .reg .b32 lane;
-        .reg .u64 line;
+        .reg .pred valid, last;
+        .reg .b32 line;
+        .reg .u64 at;
         setp.ne.s64 valid, $1, 0;
-        selp.b32 lane, $2, 1, valid;
-        setp.eq.s32 first, lane, 0;
-        mad.wide.u32 line, $2, 128, $1;
-        @valid prefetch.global.L2 [line];
-        @first prefetch.global.L2 [line + 512];
+        selp.b32 line, $2, 8, valid;
+        mad.wide.u32 at, $2, 128, $1;
+        setp.lt.s32 valid, line, 5;
+        @valid prefetch.global.L2 [at];
+        setp.eq.s32 last, line, 0;
+        @last prefetch.global.L2 [at + 512];
         mov.u32 $0, 0;
         }""",
         "=r,l,r",
@@ -311,33 +333,6 @@ def prefetch(rows):
 
 
 @gluon.jit
-def request_later(rows, next_rows, place, unit: gl.constexpr):
-    """Copy the unit that is RAW after `unit` of this tile."""
-    if unit + RAW < UNITS:
-        request(rows, unit + RAW, place)
-    else:
-        request(next_rows, unit + RAW - UNITS, place)
-
-
-@gluon.jit
-def expand_units(rows, next_rows, raw, place, target, scales, STEP: gl.constexpr):
-    """Expand two units, one in the last step, and copy those that take their places."""
-    here = raw.index((place + 2 * STEP) % RAW)
-    also = raw.index((place + 2 * STEP + 1) % RAW)
-    codes = here.load(UNIT)
-    if STEP < 3:
-        more = also.load(UNIT)
-    request_later(rows, next_rows, here, 2 * STEP)
-    if STEP < 3:
-        request_later(rows, next_rows, also, 2 * STEP + 1)
-    words = expand(codes, scale_pair(scales, 2 * STEP % 4))
-    target.slice(64 * (STEP % 2), 32, dim=1).store(words)
-    if STEP < 3:
-        words = expand(more, scale_pair(scales, 2 * STEP % 4 + 1))
-        target.slice(64 * (STEP % 2) + 32, 32, dim=1).store(words)
-
-
-@gluon.jit
 def fill(
     shape, work, shared, raw, main, extra, lengths, extra_lengths,
     EXTRA: gl.constexpr, PLAN: gl.constexpr, PREFETCH: gl.constexpr,
@@ -345,68 +340,71 @@ def fill(
 ):  # fmt: skip
     """Expand half of the tokens of every tile.
 
-    Three tiles ahead a tile's slots are loaded, two ahead their rows are asked into L2 and their
-    scales loaded, half a tile ahead the rows are copied, also across the items' border.
+    Two tiles ahead a tile's slots are loaded, one ahead its rows are asked into L2 and its scales
+    loaded, two steps (of four) ahead the rows are copied; also across the items' border.
     """
     cursor = first_cursor(shape, work, lengths, extra_lengths, PLAN)
     now = work.begin < work.end
-    slots0, extra0 = load_slots(shape, work, main, extra, cursor, PART, EXTRA)
-    cursor = advance(shape, work, cursor, lengths, extra_lengths, PLAN)
-    then = cursor.item < work.end
-    slots1, extra1 = load_slots(shape, work, main, extra, cursor, PART, EXTRA)
-    cursor = advance(shape, work, cursor, lengths, extra_lengths, PLAN)
     slots, in_extra = load_slots(shape, work, main, extra, cursor, PART, EXTRA)
-    rows, footers = locate(main, extra, extra0, slots0, EXTRA)
+    cursor = advance(shape, work, cursor, lengths, extra_lengths, PLAN)
+    next_slots, next_in_extra = load_slots(shape, work, main, extra, cursor, PART, EXTRA)
+    rows, footers = locate(main, extra, in_extra, slots, EXTRA)
+    slots = next_slots
+    in_extra = next_in_extra
+    request(rows, raw, 0)
+    request(rows, raw, 1)
     if PREFETCH:
-        prefetch(rows)
+        prefetch(rows, 2)
     low, high = load_scales(rows, footers)
-    next_rows, footers = locate(main, extra, extra1, slots1, EXTRA)
-    next_low, next_high = load_scales(next_rows, footers)
-    for unit in gl.static_range(4):
-        request(rows, unit, raw.index(unit))
-    if PREFETCH:
-        prefetch(next_rows)
     lefts = reinterpret(shared.k_left, gl.int32, [2, TILE, 128], WORDS)
     rights = reinterpret(shared.k_right, gl.int32, [2, TILE, 128], WORDS)
     done = 0
-    place = 0
     while now:
         stage = done & 1
         phase = ((done >> 1) & 1) ^ 1
         left = lefts.index(stage).slice(HALF_TILE * PART, HALF_TILE, dim=0)
         right = rights.index(stage).slice(HALF_TILE * PART, HALF_TILE, dim=0)
-        after_rows, footers = locate(main, extra, in_extra, slots, EXTRA)
-        after_low, after_high = load_scales(after_rows, footers)
-        if PREFETCH:
-            prefetch(after_rows)
-        now = then
-        then = cursor.item < work.end
-        cursor = advance(shape, work, cursor, lengths, extra_lengths, PLAN)
-        slots, in_extra = load_slots(shape, work, main, extra, cursor, PART, EXTRA)
         mbarrier.wait(shared.left_free.index(stage), phase)
         mbarrier.wait(shared.right_free.index(stage), phase)
         bias = shared.bias.index(stage).slice(HALF_TILE * PART, HALF_TILE, dim=0)
         bias.store(gl.where(is_there(rows), 0.0, -INF))
-        copy_rope(rows, right.slice(96, 32, dim=1))
-        for step in gl.static_range(4):
-            if step == 2:
-                fence_async_shared()
-                barrier()
-                mbarrier.arrive(shared.left_full.index(stage), count=1)
-            # The copies of later units may go on; the bf16 unit's end before the third step.
-            async_copy.wait_group(2 if step == 2 else 3)
-            half = left if step < 2 else right
-            scales = low if step < 2 else high
-            expand_units(rows, next_rows, raw, place, half, scales, step)
+        copy_words(rows, 16 * UNITS, 32, right.slice(96, 32, dim=1))
+
+        # Two steps' copies may go on, and at first those of the bf16 unit.
+        async_copy.wait_group(2)
+        codes = raw.index(0).load(UNIT)
+        request(rows, raw, 2)
+        next_rows, footers = locate(main, extra, in_extra, slots, EXTRA)
+        next_low, next_high = load_scales(next_rows, footers)
+        now = cursor.item < work.end
+        cursor = advance(shape, work, cursor, lengths, extra_lengths, PLAN)
+        slots, in_extra = load_slots(shape, work, main, extra, cursor, PART, EXTRA)
+        if PREFETCH:
+            prefetch(next_rows, 0)
+        expand_units(codes, left, low, 0)
+
+        async_copy.wait_group(2)
+        codes = raw.index(1).load(UNIT)
+        request(rows, raw, 3)
+        expand_units(codes, left, low, 1)
+        fence_async_shared()
+        barrier()
+        mbarrier.arrive(shared.left_full.index(stage), count=1)
+
+        async_copy.wait_group(1)
+        codes = raw.index(0).load(UNIT)
+        request(next_rows, raw, 0)
+        expand_units(codes, right, high, 2)
+
+        async_copy.wait_group(1)
+        codes = raw.index(1).load(UNIT)
+        request(next_rows, raw, 1)
+        expand_units(codes, right, high, 3)
         fence_async_shared()
         barrier()
         mbarrier.arrive(shared.right_full.index(stage), count=1)
         rows = next_rows
         low = next_low
         high = next_high
-        next_rows = after_rows
-        next_low = after_low
-        next_high = after_high
         done += 1
-        place = (place + UNITS) % RAW
     async_copy.wait_group(0)

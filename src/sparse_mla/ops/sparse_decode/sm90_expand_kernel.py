@@ -296,9 +296,8 @@ def attend(
         gl.allocate_shared_memory(gl.int64, [2, 1], barriers),
     )
     # The expanding groups' raw units.
-    raws: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 1, [1, 0])
-    raw0 = gl.allocate_shared_memory(gl.int32, [RAW, HALF_TILE, 16], raws)
-    raw1 = gl.allocate_shared_memory(gl.int32, [RAW, HALF_TILE, 16], raws)
+    raw0 = gl.allocate_shared_memory(gl.int32, [2, HALF_TILE, 32], RAW)
+    raw1 = gl.allocate_shared_memory(gl.int32, [2, HALF_TILE, 32], RAW)
     # cp.async arrives once per lane: both consumers copy their half of Q.
     for stage in gl.static_range(2):
         mbarrier.init(shared.left_full.index(stage), count=2)
