@@ -121,7 +121,7 @@ def test_random_cases_can_raise_an_alarm() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "scale_pow2_down", "scale_bf16", "masked_slot_nan", "first_chunk_nan",
+        "scale_pow2_down", "scale_bf16", "dequantised_bf16", "masked_slot_nan", "first_chunk_nan",
         "masked_chunk_counts", "finite_sentinel", "finite_maximum", "int32_overflow",
         "uint32_overflow", "index_too_large_loaded", "index_negative_loaded",
         "topk_length_ignored", "topk_length_one_short", "duplicates_dropped", "stale_metadata",
@@ -267,6 +267,7 @@ def test_names_agree_with_the_catalogue() -> None:
 TOLD_APART = {
     "scale_pow2_down": "decode/scales/log_uniform",
     "scale_bf16": "decode/scales/log_uniform",
+    "dequantised_bf16": "decode/scales/log_uniform",
     "scale_neighbour_tile": "decode/scales/log_uniform",
     "first_chunk_nan": "decode/holes/chunk",
     "masked_chunk_counts": "decode/holes/chunk",
@@ -316,6 +317,14 @@ def test_named_whatever_the_arithmetic(name: str, arithmetic: str) -> None:
     assert Bench().run(kernel, case).status == FAILED
     found, _ = investigate(kernel, [case], CASES, 0, CPU)
     assert found.name == name, found.text
+
+
+def test_bf16_scales_times_values_in_bf16_are_named() -> None:
+    """FlashMLA's arithmetic on Hopper: both roundings, of which the first is the fault's name."""
+    kernel = get_fault("scale_bf16").kernel(variant=1)
+    failing = [BY_NAME[f"decode/{name}"] for name in ("gaussian", "outlier_channels", "shifted")]
+    found, _ = investigate(kernel, failing, CASES, 0, CPU)
+    assert found.name == "scale_bf16" and "product bf16" in found.text
 
 
 @pytest.mark.parametrize(

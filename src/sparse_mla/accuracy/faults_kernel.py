@@ -51,6 +51,7 @@ EXACT = Arithmetic(torch.float64, None, torch.float64)
 _LOADING = (
     "counts",
     "decode",
+    "dequantised",
     "footer_offsets",
     "gather",
     "in_cache",
@@ -234,6 +235,7 @@ class EmulatedKernel:
             latent = latent * self.outer(outer).view(*shape, 1)
         if cache.tensor_scale is not None:
             latent = latent * self.outer(cache.tensor_scale.to(compute))
+        latent = self.dequantised(latent, layout)
         if layout.rope is None:
             return latent
         rope = layout.rope.read(flat).to(compute)
@@ -254,6 +256,10 @@ class EmulatedKernel:
     def outer(self, scales: torch.Tensor) -> torch.Tensor:
         """The factors of whole tokens [n * topk, 1], or of the whole tensor [1]."""
         return scales
+
+    def dequantised(self, latent: torch.Tensor, layout: KVLayout) -> torch.Tensor:
+        """The latent part [n, topk, 512] as it meets the query and the weights."""
+        return latent
 
     def rope(self, rope: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
         """The RoPE part [n, topk, 64]; `scales` is None in layouts without any."""
