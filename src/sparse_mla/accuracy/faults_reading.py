@@ -35,7 +35,7 @@ class DequantisedBf16(EmulatedKernel):
 
 
 class ScaleBf16(EmulatedKernel):
-    """With product "bf16", value times scale is rounded as well, as by bf16 arithmetic (FlashMLA)."""
+    """With product "bf16" value times scale is rounded as well: FlashMLA's arithmetic on Hopper."""
 
     product = ""
 
