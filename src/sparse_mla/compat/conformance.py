@@ -38,7 +38,7 @@ import torch
 from ..bench.rows import this_machine
 from . import install as installer
 
-MAX_FAILURES = 20
+MAX_FAILURES = 40
 # Seconds that a case of one shard of several waits for memory.
 MEMORY_WAIT = 60.0
 
@@ -105,7 +105,7 @@ SUITES = {
             "vllm-project/vllm",
             "tests/kernels/attention/test_flashmla_sparse.py",
             installs=installer.VLLM,
-            pytest=(*_WITHOUT_ENGINE, "-k", "test_sparse_flashmla"),
+            pytest=(*_WITHOUT_ENGINE, "-k", "test_sparse_flashmla and not cache_writer"),
             packages=(
                 "vllm",
                 "vllm.v1",
