@@ -224,6 +224,9 @@ def test_applies_is_true_wherever_the_answer_changes(fault: Fault) -> None:
         "decode/layout/fp8_tensor",
         "decode/extra/v32_fp8+nvfp4_bf16_rope",
         "decode/extra/v4_fp8+v4_fp8/lengths",
+        "dense_decode/gaussian",
+        "dense_decode/causal",
+        "dense_decode/layout/v32_fp8",
     )
     clean = CleanKernel(UNROUNDED)
     for name in names:
@@ -288,6 +291,9 @@ TOLD_APART = {
     "extra_cache_ignored": "decode/extra/v4_fp8+v4_fp8",
     "extra_indices_in_main": "decode/extra/v41_fp8_planar+v41_fp4_planar/full",
     "extra_length_on_main": "decode/extra/v41_fp8_inline+v41_fp4_inline/lengths",
+    "causal_off_by_one": "dense_decode/causal",
+    "pages_contiguous": "dense_decode/page_size/53",
+    "absent_page_loaded": "dense_decode/absent_pages",
 }
 
 
