@@ -44,7 +44,7 @@ def check(
     quick: Annotated[bool, typer.Option("--quick", help="Only the short set of cases.")] = False,
     case: Annotated[
         str | None,
-        typer.Option(help="Only cases with a part that begins so, or a name that matches (*, ?)."),
+        typer.Option(help="Only cases: how a part of the name begins, or a pattern (*, ?)."),
     ] = None,
     random: Annotated[int, typer.Option(min=0, help="Add this many random cases.")] = 0,
     limit: Annotated[

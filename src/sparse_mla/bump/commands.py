@@ -12,7 +12,7 @@ import typer
 from ..cli_common import device_named, usage_error, writable
 
 Case = Annotated[
-    str | None, typer.Option(help="Only cases whose name holds this, or matches it (*, ?).")
+    str | None, typer.Option(help="Only cases: how a part of the name begins, or a pattern (*, ?).")
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="Only the short set of cases.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of all inputs.")]
