@@ -231,6 +231,20 @@ def test_speed_of_both_sides_in_turns(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "workloads that could not be timed on both sides: 1" in text
 
 
+def test_given_commits_are_kept_for_later_reports(tmp_path: Path) -> None:
+    saved, page = tmp_path / "c.json", tmp_path / "c.md"
+    commits = ("1" * 40, "2" * 40)
+    result = CliRunner().invoke(
+        app,
+        ["compare", "cpu", "cpu", "--device", "cpu", "--case", "decode/topk/1",
+         "--base-commit", commits[0], "--candidate-commit", commits[1], "--json", str(saved)],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(app, ["report", str(saved), str(page)])
+    assert result.exit_code == 0, result.output
+    assert all(commit in page.read_text() for commit in commits)
+
+
 def test_a_kernel_whose_heads_are_padded_is_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,8 +142,12 @@ def compare(
         made = compare_sides(
             base, candidate, settings, step, speed=speed, samples=samples, only=workload, note=_note
         )
+    # What was given goes into the JSON file, for reports drawn from it later.
     if why:
         made.about["why"] = why
+    for side, commit in (("base", base_commit), ("candidate", candidate_commit)):
+        if commit:
+            made.about["sides"][side]["commit"] = commit
     write_outputs(made, json, junit)
     if report is not None:
         write_report(made, context, report, lang)
