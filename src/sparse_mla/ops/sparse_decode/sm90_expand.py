@@ -19,7 +19,7 @@ PAIR = 128  # tokens per step
 INVARIANT_PAIRS = 4
 MAX_SPLITS = 64
 # The plans of sm90_expand_plan_kernel, and what `sorted` is written for at most.
-WHOLE, BY_SHAPE, BALANCED, SORTED = 0, 1, 2, 3
+WHOLE, SORTED, BY_SHAPE, BALANCED = 0, 1, 2, 3
 ROUNDS = 16
 SORTED_SEQUENCES = 512
 

@@ -39,7 +39,7 @@ from ..sparse_prefill.sm90_kernel import (
     round_weights,
     sink_factor,
 )
-from .sm90_expand_plan_kernel import SORTED, WHOLE, entries, pair_count
+from .sm90_expand_plan_kernel import SORTED, entries, pair_count
 
 
 @gluon.jit
@@ -79,7 +79,7 @@ def copy_query(
     shape, work, query, shared, target, item,
     HALF: gl.constexpr, PLAN: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
-    """Copy half of the columns of an item's Q, if there is such an item; zeros past the last head."""
+    """Copy half of the columns of an item's Q, if there is one; zeros past the last head."""
     if item < work.end:
         which = work.item(shape, item, PLAN)
         token = shape.token(which)
@@ -238,7 +238,7 @@ def attend_half_few(
             total = shared.sums.index(1).load(by_head) + shared.sums.index(3).load(by_head)
         factor = gl.where(total == 0.0, 0.0, 1.0 / total)
         staging = values.index(1).slice(0, HEADS, dim=0)
-        if PLAN == WHOLE or PLAN == SORTED:
+        if PLAN <= SORTED:  # noqa: SIM114
             store_few(
                 shape, which, blocks, factor, lse, base, staging, sink_ptr, out_ptr, lse_ptr,
                 max_ptr, HALF, HEADS,

@@ -17,8 +17,8 @@ from ..gluon_compat import async_load, barrier, reinterpret
 from ..sparse_prefill.sm90_kernel import INF, TILE
 from .sm90_expand_plan_kernel import entries, pair_count
 
-# Units of a group's 32 tokens, [32, 16 words], or two of them: four lanes take 64 bytes of a row, so
-# that their 16-byte stores to two rows of swizzled bf16 meet all banks.
+# Units of a group's 32 tokens, [32, 16 words], or two of them: four lanes take 64 bytes of a row,
+# so that their 16-byte stores to two rows of swizzled bf16 meet all banks.
 UNIT = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
 ROWS = gl.constexpr(gl.SliceLayout(1, UNIT))
 COLUMNS = gl.constexpr(gl.SliceLayout(0, UNIT))
@@ -154,9 +154,7 @@ def expand_units(codes, target, scales, STEP: gl.constexpr):
     """Expand the units of a step to their columns of target, words [32, 128]."""
     codes = gl.reshape(codes, [HALF_TILE, 2, 16])
     if STEP < 3:
-        pair = gl.join(
-            scale_pair(scales, 2 * STEP % 4), scale_pair(scales, 2 * STEP % 4 + 1)
-        )
+        pair = gl.join(scale_pair(scales, 2 * STEP % 4), scale_pair(scales, 2 * STEP % 4 + 1))
         by_unit: gl.constexpr = gl.SliceLayout(2, codes.type.layout)
         pair = gl.convert_layout(pair, by_unit, assert_trivial=True)
         codes, pair = gl.broadcast(codes, gl.expand_dims(pair, 2))
@@ -229,9 +227,7 @@ def advance(shape, work, cursor, lengths, extra_lengths, PLAN: gl.constexpr):
     limit = cursor.entries
     extra_limit = cursor.extra_entries
     if tile >= last:
-        fresh = cursor_at(
-            shape, work, item + work.step, start, lengths, extra_lengths, PLAN
-        )
+        fresh = cursor_at(shape, work, item + work.step, start, lengths, extra_lengths, PLAN)
         item = fresh.item
         tile = fresh.tile
         last = fresh.last
@@ -244,9 +240,7 @@ def advance(shape, work, cursor, lengths, extra_lengths, PLAN: gl.constexpr):
 
 
 @gluon.jit
-def load_slots(
-    shape, work, main, extra, cursor, PART: gl.constexpr, EXTRA: gl.constexpr
-):
+def load_slots(shape, work, main, extra, cursor, PART: gl.constexpr, EXTRA: gl.constexpr):
     """A half tile's entries of the lists, [32], -1 past the end; whether they are of the extra."""
     line = main.line(cursor.b, cursor.s)
     limit = cursor.entries

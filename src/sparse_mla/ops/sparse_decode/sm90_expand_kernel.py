@@ -26,11 +26,10 @@ from ..sparse_prefill.sm90_kernel import (
 )
 from .sm90_expand_few_heads_kernel import attend_half_few, copy_query
 from .sm90_expand_fill_kernel import HALF_TILE, RAW, Pages, fill
-from .sm90_expand_pairs_kernel import OUT, OUT_COLUMNS, OUT_ROWS, attend_pairs
+from .sm90_expand_pairs_kernel import OUT_COLUMNS, OUT_ROWS, attend_pairs
 from .sm90_expand_plan_kernel import (
     BALANCED,
     SORTED,
-    WHOLE,
     Query,
     Shape,
     entries,
@@ -120,7 +119,7 @@ def attend_half(
         lse = gl.where(exact == 0.0, -INF, base + log2(exact))
         factor = gl.where(rounded == 0.0, 0.0, 1.0 / rounded)
         staging = values.index(1)
-        if PLAN == WHOLE or PLAN == SORTED:
+        if PLAN <= SORTED:  # noqa: SIM114
             store_whole(
                 shape, which, acc, factor, lse, base, sink, staging, out_ptr, lse_ptr, max_ptr,
                 HALF,
@@ -331,9 +330,7 @@ def attend(
         extra_stride_b.to(gl.int64),
         extra_stride_s.to(gl.int64),
     )
-    query = Query(
-        q_ptr, q_stride_b.to(gl.int64), q_stride_s.to(gl.int64), q_stride_h.to(gl.int64)
-    )
+    query = Query(q_ptr, q_stride_b.to(gl.int64), q_stride_s.to(gl.int64), q_stride_h.to(gl.int64))
     gl.warp_specialize(
         [
             (

@@ -22,11 +22,11 @@ from triton.language.extra.cuda import gdc_wait
 from ..gluon_compat import barrier
 from .triton_kernel import sink_factor
 
-# The plans, see above.
+# The plans, see above; those up to SORTED cut no item.
 WHOLE = gl.constexpr(0)
-BY_SHAPE = gl.constexpr(1)
-BALANCED = gl.constexpr(2)
-SORTED = gl.constexpr(3)
+SORTED = gl.constexpr(1)
+BY_SHAPE = gl.constexpr(2)
+BALANCED = gl.constexpr(3)
 # The most items of a program where they are sorted.
 ROUNDS = gl.constexpr(16)
 # Sequences whose lengths are summed up at a time.
@@ -150,7 +150,7 @@ class Work:
 
         Returns the pairs [first, last) and the workspace's slot, -1 for none.
         """
-        if PLAN == WHOLE or PLAN == SORTED:
+        if PLAN <= SORTED:
             first = item * 0
             last = pairs
             slot = first - 1
