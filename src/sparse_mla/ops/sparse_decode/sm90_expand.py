@@ -44,15 +44,12 @@ class Launch:
 
 
 LAUNCH = Launch(64, True, 208, 48)
-LAUNCH_32 = Launch(32, True, 208, 48)
 LAUNCH_16 = Launch(16, True, 168, 72)
 
 
 def launch_for(heads: int) -> Launch:
     """The launch for a number of heads."""
-    if heads <= 16:
-        return LAUNCH_16
-    return LAUNCH_32 if heads <= 32 else LAUNCH
+    return LAUNCH_16 if heads <= 16 else LAUNCH
 
 
 @dataclass(frozen=True)

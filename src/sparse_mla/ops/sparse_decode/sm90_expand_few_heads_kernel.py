@@ -1,8 +1,8 @@
-"""The consumers of the Hopper kernel for expanded caches, up to 32 heads.
+"""The consumers of the Hopper kernel for expanded caches, up to 16 heads.
 
 As in sparse_prefill/sm90_few_heads_kernel.py the operands are swapped, so that tokens and output
-dims, not heads, fill the 64 rows that a warpgroup instruction has at least, and up to 16 heads have
-P as the sum of two bf16. As with 64 heads each of two consumers has the logits and the softmax of
+dims, not heads, fill the 64 rows that a warpgroup instruction has at least, and P is the sum of two
+bf16. As with 64 heads each of two consumers has the logits and the softmax of
 one tile of a pair, and half of the output's dims for both tiles.
 """
 
@@ -36,7 +36,6 @@ from ..sparse_prefill.sm90_kernel import (
     finite,
     log2,
     opaque_zero,
-    round_weights,
     sink_factor,
 )
 from .sm90_expand_plan_kernel import SORTED, entries, pair_count
@@ -48,8 +47,7 @@ def tile_logits(shared, TILE_OF_PAIR: gl.constexpr, zero, phase, scale_log2, HEA
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEADS, 16])
     none = gl.zeros([TILE, HEADS], gl.float32, layout=layout)
     chains = (warpgroup_mma_init(none), warpgroup_mma_init(none))
-    if HEADS < WIDTH:
-        chains += (warpgroup_mma_init(none), warpgroup_mma_init(none))
+    chains += (warpgroup_mma_init(none), warpgroup_mma_init(none))
     mbarrier.wait(shared.left_full.index(TILE_OF_PAIR), phase)
     k = shared.k_left.index(TILE_OF_PAIR + zero)
     chains = add_logits(chains, k, shared.q_left.index(zero))
@@ -92,6 +90,19 @@ def copy_query(
 
 
 @gluon.jit
+def publish(shared, p, base, HALF: gl.constexpr, zero):
+    """Hand a tile's weights [64, HEADS], as two bf16 each, and the maxima to both consumers."""
+    own_p = shared.p0 if HALF == 0 else shared.p1
+    high = p.to(gl.bfloat16)
+    low = (p - high.to(gl.float32)).to(gl.bfloat16)
+    shared.base.index(HALF).store(base)
+    own_p.index(zero).store(gl.reshape(gl.permute(gl.join(high, low), (0, 2, 1)), [TILE, WIDTH]))
+    fence_async_shared()
+    barrier()
+    mbarrier.arrive(shared.p_full.index(HALF), count=1)
+
+
+@gluon.jit
 def store_few(
     shape, item, blocks, factor, lse, base, staging, sink_ptr, out_ptr, lse_ptr, max_ptr,
     HALF: gl.constexpr, HEADS: gl.constexpr,
@@ -129,7 +140,7 @@ def attend_half_few(
     query,
     HALF: gl.constexpr,  # 0: left, 1: right
     PLAN: gl.constexpr,
-    HEADS: gl.constexpr,  # 16 or 32
+    HEADS: gl.constexpr,  # 16
 ):
     """A consumer: softmax of one tile of each pair, half of the output's dims."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEADS, 16])
@@ -137,7 +148,6 @@ def attend_half_few(
     by_column: gl.constexpr = gl.SliceLayout(0, OUT)
     values = shared.k_left if HALF == 0 else shared.k_right
     values_free = shared.left_free if HALF == 0 else shared.right_free
-    own_p = shared.p0 if HALF == 0 else shared.p1
     done = 0
     item_phase = 0
     start = work.start
@@ -154,7 +164,6 @@ def attend_half_few(
         base = gl.full([HEADS], -INF, gl.float32, layout=by_head)
         # Each thread sums its own tokens until the end.
         exact = gl.zeros([TILE, HEADS], gl.float32, layout=layout)
-        rounded = exact
         # Four blocks of 64 dims.
         none = gl.zeros([64, WIDTH], gl.float32, layout=OUT)
         blocks = (none, none, none, none)
@@ -162,43 +171,21 @@ def attend_half_few(
         for j in range(pairs):
             zero = opaque_zero(j)
             phase = (done + j) & 1
-            s = tile_logits(shared, HALF, zero, phase, scale_log2, HEADS)
-            peak = peak_of(s, peaks.index(HALF), HEADS)
             if HALF == 0:
-                even_base = gl.maximum(base, peak)
-                new_base = even_base
+                s = tile_logits(shared, 0, zero, phase, scale_log2, HEADS)
+                even_base = gl.maximum(base, peak_of(s, peaks.index(0), HEADS))
+                p = exp2(s - finite(even_base)[None, :])
+                publish(shared, p, even_base, 0, zero)
+                decay = exp2(base - finite(even_base))
+                exact = exact * decay[None, :] + p
             else:
+                # The even tile first, so that it is free early; as with 64 heads.
                 mbarrier.wait(shared.p_full.index(0), phase)
                 even_base = shared.base.index(0).load(by_head)
-                new_base = gl.maximum(even_base, peak)
-            shift = finite(new_base)
-            p = exp2(s - shift[None, :])
-            shared.base.index(HALF).store(new_base)
-            p_rounded = p
-            if HEADS < WIDTH:
-                high = p.to(gl.bfloat16)
-                low = (p - high.to(gl.float32)).to(gl.bfloat16)
-                both = gl.reshape(gl.permute(gl.join(high, low), (0, 2, 1)), [TILE, WIDTH])
-                own_p.index(zero).store(both)
-            else:
-                weights, p_rounded = round_weights(p)
-                own_p.index(zero).store(weights)
-            fence_async_shared()
-            barrier()
-            mbarrier.arrive(shared.p_full.index(HALF), count=1)
-            if HALF == 1:
-                mbarrier.arrive(shared.q_free, count=1, pred=j == pairs - 1)
-
-            decay = exp2(base - finite(even_base))
+                decay = exp2(base - finite(even_base))
             blocks = add_values(
                 blocks, twice(decay, by_column)[None, :], values.index(zero), shared.p0.index(zero)
             )
-            if HALF == 1:
-                odd_decay = exp2(even_base - shift)
-                decay = decay * odd_decay
-            exact = exact * decay[None, :] + p
-            if HEADS == WIDTH:
-                rounded = rounded * decay[None, :] + p_rounded
             blocks = warpgroup_mma_wait(0, deps=blocks)
             barrier()
             mbarrier.arrive(values_free.index(0), count=1)
@@ -208,10 +195,13 @@ def attend_half_few(
                 base = shared.base.index(1).load(by_head)
                 decay = exp2(even_base - finite(base))
                 exact = exact * decay[None, :]
-                if HEADS == WIDTH:
-                    rounded = rounded * decay[None, :]
             else:
-                base = new_base
+                s = tile_logits(shared, 1, zero, phase, scale_log2, HEADS)
+                base = gl.maximum(even_base, peak_of(s, peaks.index(1), HEADS))
+                p = exp2(s - finite(base)[None, :])
+                publish(shared, p, base, 1, zero)
+                odd_decay = exp2(even_base - finite(base))
+                exact = exact * (decay * odd_decay)[None, :] + p
                 decay = odd_decay
             blocks = add_values(
                 blocks,
@@ -224,18 +214,14 @@ def attend_half_few(
             # The last pair's tile becomes the staging buffer of the output first.
             mbarrier.arrive(values_free.index(1), count=1, pred=j < pairs - 1)
 
-        shared.sums.index(2 * HALF).store(gl.sum(exact, 0))
-        if HEADS == WIDTH:
-            shared.sums.index(2 * HALF + 1).store(gl.sum(rounded, 0))
+        shared.sums.index(HALF).store(gl.sum(exact, 0))
         barrier()
         mbarrier.arrive(shared.sums_full.index(HALF), count=1)
         # Both consumers' logits are done: each has waited for the other one's weights.
         copy_query(shape, work, query, shared, target, item + work.step, HALF, PLAN, HEADS)
         mbarrier.wait(shared.sums_full.index(1 - HALF), item_phase)
-        total = shared.sums.index(0).load(by_head) + shared.sums.index(2).load(by_head)
+        total = shared.sums.index(0).load(by_head) + shared.sums.index(1).load(by_head)
         lse = gl.where(total == 0.0, -INF, base + log2(total))
-        if HEADS == WIDTH:
-            total = shared.sums.index(1).load(by_head) + shared.sums.index(3).load(by_head)
         factor = gl.where(total == 0.0, 0.0, 1.0 / total)
         staging = values.index(1).slice(0, HEADS, dim=0)
         if PLAN <= SORTED:  # noqa: SIM114

@@ -245,7 +245,7 @@ def attend(
     splits,  # so many parts of
     split_pairs,  # so many pairs of tiles
     scale_log2,  # softmax scale * log2(e)
-    HEADS: gl.constexpr,  # of an item: 16, 32 or 64
+    HEADS: gl.constexpr,  # of an item: 16 or 64
     PLAN: gl.constexpr,  # see sm90_expand_plan_kernel
     SEQUENCES: gl.constexpr,  # sorted: at least b
     EXTRA: gl.constexpr,
@@ -264,7 +264,7 @@ def attend(
         work = plan_balanced(shape, lengths_ptr, extra_lengths_ptr, meta_ptr)
     else:
         work = plan_by_shape(shape)
-    # Up to 32 heads P is [64 tokens, 32], else [64 heads, 64 tokens].
+    # Up to 16 heads P is [64 tokens, 32], else [64 heads, 64 tokens].
     WIDTH: gl.constexpr = 64 if HEADS == 64 else 32
     weights: gl.constexpr = gl.NVMMASharedLayout(2 * WIDTH, 16, 2)
     p0 = gl.allocate_shared_memory(gl.bfloat16, [1, TILE, WIDTH], weights)
