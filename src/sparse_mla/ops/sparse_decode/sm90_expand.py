@@ -130,8 +130,11 @@ def attend(
         kind = BY_SHAPE
         # Lists with lengths, where they fill more than one round.
         if lengths and items > multiprocessors and not (num_splits or batch_invariant):
-            few = b <= SORTED_SEQUENCES and items <= ROUNDS * multiprocessors
-            kind = SORTED if few else BALANCED
+            rounds = triton.cdiv(items, multiprocessors)
+            few = b <= SORTED_SEQUENCES and rounds <= ROUNDS
+            # Not where a round would be mostly empty if the lengths are all the same.
+            full = 2 * rounds * multiprocessors <= 3 * items
+            kind = SORTED if few and full else BALANCED
     launch = launch or launch_for(heads)
     meta = None
     if kind == SORTED:
