@@ -306,7 +306,8 @@ def _collect_sm90(collect: Callable[..., None]) -> None:
                 label = f"sm90-decode-{layout}-h{heads}-b{b}-options"
                 collect(here, label, call_decode, decode, layout, b, 1, heads, 2048, True)
             if layout in SM90_EXPANDED:
-                for b in (1, 512):
+                # More sequences than are sorted by their lengths: shared out evenly.
+                for b in (1, 512, 1024):
                     label = f"sm90-decode-{layout}+{layout}-h{heads}-b{b}-options"
                     shape = (layout, b, 1, heads, 2048, True, layout)
                     collect(here, label, call_decode, decode, *shape)

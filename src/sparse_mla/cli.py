@@ -43,7 +43,8 @@ def check(
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of all inputs.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Only the short set of cases.")] = False,
     case: Annotated[
-        str | None, typer.Option(help="Only cases whose name holds this, or matches it (*, ?).")
+        str | None,
+        typer.Option(help="Only cases: how a part of the name begins, or a pattern (*, ?)."),
     ] = None,
     random: Annotated[int, typer.Option(min=0, help="Add this many random cases.")] = 0,
     limit: Annotated[

@@ -158,6 +158,9 @@ def dense_decode(
     """
     b, s_q, _, d_qk = q.shape
     scale = d_qk**-0.5 if scale is None else scale
+    if not b:
+        nothing = block_table.new_empty(b, s_q, 0)
+        return decode(q, cache, nothing, scale=scale)
     sequences = []
     for i in range(b):
         length = min(max(int(cache_seqlens[i]), 0), block_table.shape[1] * cache.page_size)

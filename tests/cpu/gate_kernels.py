@@ -99,7 +99,7 @@ class Folding(Ideal):
 
 def sources(inputs: Inputs) -> list[tuple[Any, ...]]:
     """Caches with indices [n, topk] and lengths [n], one line per query token."""
-    s_q = inputs.q.shape[1] if inputs.op == "decode" else 1
+    s_q = inputs.queries
 
     def flat(
         cache: KVCache, indices: torch.Tensor, lengths: torch.Tensor | None

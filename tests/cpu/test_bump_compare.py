@@ -231,6 +231,52 @@ def test_speed_of_both_sides_in_turns(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "workloads that could not be timed on both sides: 1" in text
 
 
+def test_given_commits_are_kept_for_later_reports(tmp_path: Path) -> None:
+    saved, page = tmp_path / "c.json", tmp_path / "c.md"
+    commits = ("1" * 40, "2" * 40)
+    result = CliRunner().invoke(
+        app,
+        ["compare", "cpu", "cpu", "--device", "cpu", "--case", "decode/topk/1",
+         "--base-commit", commits[0], "--candidate-commit", commits[1], "--json", str(saved)],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(app, ["report", str(saved), str(page)])
+    assert result.exit_code == 0, result.output
+    assert all(commit in page.read_text() for commit in commits)
+
+
+def test_a_kernel_whose_heads_are_padded_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As FlashMLA: only 64 heads, and metadata that remember a call's heads, refused or not."""
+    monkeypatch.setattr(speed, "CPU_WORKLOADS", SMALL[:1])
+    from sparse_mla.accuracy.check import make_provider
+    from sparse_mla.isolate.host import IsolatedProvider
+
+    picky = """
+class Metadata:
+    heads = None
+
+def get_mla_metadata():
+    return Metadata(), None
+
+def flash_mla_with_kvcache(q, *arguments):
+    metadata = arguments[4]
+    metadata.heads = metadata.heads or q.shape[2]
+    assert metadata.heads == q.shape[2], "inconsistent with sched_meta"
+    assert q.shape[2] == 64, "h_q must be 64"
+    return any_heads(q, *arguments)
+"""
+    plain = kernel(EXACT).replace("def flash_mla_with_kvcache(", "def any_heads(")
+    (tmp_path / "toy_mla.py").write_text(plain + picky)
+    provider = make_provider(f"toy_mla@{tmp_path}", torch.device("cpu"), label="base")
+    assert isinstance(provider, IsolatedProvider)
+    with provider:
+        (found,) = speed.compare_speed(provider, provider, SMALL[:1], torch.device("cpu"), 3)
+    assert found["ratio"] is not None, found["base_why"]
+    assert "heads and topk padded beforehand" in found["base_how"]
+
+
 def test_a_wrong_answer_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "CPU_WORKLOADS", SMALL[:1])
     from sparse_mla.accuracy.check import make_provider

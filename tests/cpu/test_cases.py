@@ -6,7 +6,8 @@ import pytest
 import torch
 from gate_kernels import Folding, Ideal
 
-from sparse_mla.accuracy import case_inputs, case_special
+from sparse_mla import reference
+from sparse_mla.accuracy import budgets, case_inputs, case_special
 from sparse_mla.accuracy.case import Case, Inputs
 from sparse_mla.accuracy.case_inputs import Draw, draw
 from sparse_mla.accuracy.cases import CASES, random_case
@@ -57,14 +58,17 @@ def test_every_fault_line_has_a_case() -> None:
         "writer_zero_tile_nan", "writer_no_saturation", "writer_slot_off_by_page",
         "nibbles_swapped", "planar_as_inline", "scale_table_off_by_pad", "page_padding_ignored",
         "outer_scale_forgotten", "ue8m0_bias", "extra_cache_ignored", "extra_indices_in_main",
-        "extra_length_on_main", "writer_planar_as_inline",
+        "extra_length_on_main", "writer_planar_as_inline", "causal_ignored", "causal_from_start",
+        "causal_off_by_one", "last_page_unmasked", "sequence_one_short", "first_sequence_length",
+        "first_sequence_table", "table_stride_of_pages", "pages_contiguous", "absent_page_loaded",
     }  # fmt: skip
     shown = {name for case in CASES for name in case.shows}
     assert needed <= shown
 
 
 def test_every_layout_has_cases() -> None:
-    seen: dict[str, set[str]] = {"decode": set(), "prefill": set(), "kv_write": set()}
+    ops = ("decode", "prefill", "dense_decode", "kv_write")
+    seen: dict[str, set[str]] = {op: set() for op in ops}
     beside = set()
     for case in CASES:
         if "offsets" in case.name or "real" in case.name:
@@ -76,7 +80,35 @@ def test_every_layout_has_cases() -> None:
     alone = {name for name, layout in LAYOUTS.items() if not layout.extra_only}
     assert seen["decode"] == alone and seen["kv_write"] == set(LAYOUTS)
     assert seen["prefill"] == alone
+    assert seen["dense_decode"] == {"bf16", "bf16_nope", "fp8_tensor", "v32_fp8", "v4_fp8"}
     assert beside >= set(LAYOUTS) - alone
+
+
+def test_dense_calls_amount_to_their_lists() -> None:
+    """The gate's oracle reads lists; the one for dense calls reads tables and lengths."""
+    for case in (case for case in CASES if case.op == "dense_decode"):
+        for call in case.build(0, CPU):
+            assert isinstance(call, Inputs)
+            assert call.block_table is not None and call.cache_seqlens is not None
+            wanted = reference.dense_decode(
+                call.q,
+                call.cache,
+                call.block_table,
+                call.cache_seqlens,
+                scale=call.scale,
+                causal=call.causal,
+            )
+            made = budgets.answer(call)
+            assert torch.equal(made.out, wanted.out.flatten(0, 1)), case.name
+            assert torch.equal(made.lse, wanted.lse.flatten(0, 1)), case.name
+
+
+def test_what_a_dense_call_does_not_see_is_nan() -> None:
+    case = next(c for c in CASES if c.name == "dense_decode/page_size/53")
+    (call,) = case.build(0, CPU)
+    assert isinstance(call, Inputs)
+    live = torch.isfinite(call.cache.read(torch.arange(call.cache.num_slots))).all(1)
+    assert set(live.nonzero().flatten().tolist()) == set(call.indices.unique().tolist()) - {-1}
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if not LAYOUTS[name].extra_only])

@@ -149,6 +149,30 @@ def test_shards_keep_their_cases_data(tmp_path: Path) -> None:
     assert (total.passed, total.failed, total.timed, total.left_out) == (7, 0, 1, 1)
 
 
+class _Full(dict):
+    """Out of memory twice, as while other processes hold it."""
+
+    tries = 0
+
+    def __contains__(self, number: object) -> bool:
+        _Full.tries += number == 0
+        return number == 0 and _Full.tries <= 2
+
+    def __missing__(self, number: int) -> Exception:
+        return torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_shard_waits_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conformance.time, "sleep", lambda seconds: None)
+    raises = f"__import__('sys').modules[{__name__!r}]._Full()"
+    checkout(tmp_path, raises)
+    for shards, tries, passed in ((2, 3, 4), (1, 1, 7)):
+        _Full.tries = 0
+        sys.modules.pop("helper", None)
+        count = run(tmp_path, shards=shards, keep_going=True)
+        assert (_Full.tries, count.passed, count.failed) == (tries, passed, shards == 1)
+
+
 def test_time_is_up(tmp_path: Path) -> None:
     count = run(checkout(tmp_path), time_limit=1e-9)
     assert (count.run, count.left_out, count.ending) == (0, 8, "")

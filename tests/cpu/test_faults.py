@@ -121,7 +121,7 @@ def test_random_cases_can_raise_an_alarm() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "scale_pow2_down", "scale_bf16", "masked_slot_nan", "first_chunk_nan",
+        "scale_pow2_down", "scale_bf16", "dequantised_bf16", "masked_slot_nan", "first_chunk_nan",
         "masked_chunk_counts", "finite_sentinel", "finite_maximum", "int32_overflow",
         "uint32_overflow", "index_too_large_loaded", "index_negative_loaded",
         "topk_length_ignored", "topk_length_one_short", "duplicates_dropped", "stale_metadata",
@@ -224,6 +224,9 @@ def test_applies_is_true_wherever_the_answer_changes(fault: Fault) -> None:
         "decode/layout/fp8_tensor",
         "decode/extra/v32_fp8+nvfp4_bf16_rope",
         "decode/extra/v4_fp8+v4_fp8/lengths",
+        "dense_decode/gaussian",
+        "dense_decode/causal",
+        "dense_decode/layout/v32_fp8",
     )
     clean = CleanKernel(UNROUNDED)
     for name in names:
@@ -267,6 +270,7 @@ def test_names_agree_with_the_catalogue() -> None:
 TOLD_APART = {
     "scale_pow2_down": "decode/scales/log_uniform",
     "scale_bf16": "decode/scales/log_uniform",
+    "dequantised_bf16": "decode/scales/log_uniform",
     "scale_neighbour_tile": "decode/scales/log_uniform",
     "first_chunk_nan": "decode/holes/chunk",
     "masked_chunk_counts": "decode/holes/chunk",
@@ -287,6 +291,9 @@ TOLD_APART = {
     "extra_cache_ignored": "decode/extra/v4_fp8+v4_fp8",
     "extra_indices_in_main": "decode/extra/v41_fp8_planar+v41_fp4_planar/full",
     "extra_length_on_main": "decode/extra/v41_fp8_inline+v41_fp4_inline/lengths",
+    "causal_off_by_one": "dense_decode/causal",
+    "pages_contiguous": "dense_decode/page_size/53",
+    "absent_page_loaded": "dense_decode/absent_pages",
 }
 
 
@@ -316,6 +323,14 @@ def test_named_whatever_the_arithmetic(name: str, arithmetic: str) -> None:
     assert Bench().run(kernel, case).status == FAILED
     found, _ = investigate(kernel, [case], CASES, 0, CPU)
     assert found.name == name, found.text
+
+
+def test_bf16_scales_times_values_in_bf16_are_named() -> None:
+    """FlashMLA's arithmetic on Hopper: both roundings, of which the first is the fault's name."""
+    kernel = get_fault("scale_bf16").kernel(variant=1)
+    failing = [BY_NAME[f"decode/{name}"] for name in ("gaussian", "outlier_channels", "shifted")]
+    found, _ = investigate(kernel, failing, CASES, 0, CPU)
+    assert found.name == "scale_bf16" and "product bf16" in found.text
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,16 @@ def test_thousands_of_queries_per_sequence(backend: str) -> None:
     check(backend, make_call(cache, extra, b=1, s_q=3000, heads=16, topk=64, extra_topk=70))
 
 
+@pytest.mark.parametrize("heads", (16, 64))
+@pytest.mark.parametrize("b", (75, 120, 300, 600))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lists_of_many_lengths(backend: str, b: int, heads: int) -> None:
+    """How such lists are shared out depends on how many there are."""
+    need(backend, "v4_fp8", "v4_fp8")
+    cache, extra = make_cache("v4_fp8", 64, 64), make_cache("v4_fp8", 64, 64)
+    check(backend, make_call(cache, extra, b=b, heads=heads, topk=70, extra_topk=300))
+
+
 @pytest.mark.parametrize("size", (2**31, 2**32))
 @pytest.mark.parametrize("layout", ("v4_fp8", "glm53_nope_nvfp4"))
 @pytest.mark.parametrize("backend", BACKENDS)

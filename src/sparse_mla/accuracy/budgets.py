@@ -104,7 +104,7 @@ class Expected:
 
 def answer(inputs: Inputs) -> reference.Reference:
     """The oracle's answer, flattened to query tokens: [n, h_q, ...]."""
-    if inputs.op == "decode":
+    if inputs.op != "prefill":
         ref = reference.decode(
             inputs.q,
             inputs.cache,
@@ -129,7 +129,7 @@ def answer(inputs: Inputs) -> reference.Reference:
 
 def selected_rows(inputs: Inputs, token: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Distinct valid rows [u, d_qk] of one query token, float64, and how often each counts."""
-    s_q = inputs.q.shape[1] if inputs.op == "decode" else 1
+    s_q = inputs.queries
     rows, counts = [], []
     for cache, indices, lengths in (
         (inputs.cache, inputs.indices, inputs.topk_length),

@@ -34,6 +34,8 @@ class Inputs:
     Shapes for op "decode": q [b, s_q, h_q, d_qk], indices [b, s_q, topk], lengths [b].
     For op "prefill": q [s_q, h_q, d_qk], indices [s_q, topk], lengths [s_q]; the cache holds
     bf16 rows with page size 1. attn_sink is [h_q] float32 in both.
+    For op "dense_decode": q as for "decode", block_table [b, pages] and cache_seqlens [b] int32;
+    indices [b, s_q, T] is what they amount to, for the oracle, and not given to implementations.
     """
 
     op: str
@@ -46,6 +48,14 @@ class Inputs:
     extra_cache: KVCache | None = None
     extra_indices: torch.Tensor | None = None
     extra_topk_length: torch.Tensor | None = None
+    block_table: torch.Tensor | None = None
+    cache_seqlens: torch.Tensor | None = None
+    causal: bool = False
+
+    @property
+    def queries(self) -> int:
+        """Query tokens that share a sequence, and with it a length."""
+        return 1 if self.op == "prefill" else self.q.shape[1]
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ class Case:
 
     Attributes:
         name: unique, stable; shown in tables.
-        op: "decode", "prefill" or "kv_write".
+        op: "decode", "prefill", "dense_decode" or "kv_write".
         about: what the input is and which failure it shows, one line.
         shows: names of the faults that this case is there to catch.
         build: (seed, device) -> the calls, in order; they share one implementation state, so a

@@ -17,6 +17,7 @@ from .case import Case, Inputs
 from .case_inputs import Draw, Extra, draw
 from .case_special import SPECIAL_CASES
 from .case_writes import WRITE_CASES
+from .cases_dense import DENSE_CASES
 from .cases_layouts import LAYOUT_CASES
 from .cases_shapes import SHAPE_CASES
 from .cases_values import VALUE_CASES
@@ -28,6 +29,7 @@ CASES: tuple[Case, ...] = (
     *SHAPE_CASES,
     *SPECIAL_CASES,
     *LAYOUT_CASES,
+    *DENSE_CASES,
     *WRITE_CASES,
 )
 

@@ -44,7 +44,7 @@ def _reading(layout: KVLayout, page_size: int = 64) -> tuple[str, ...]:
 
 def _single(layout: KVLayout) -> list[Case]:
     name = layout.name
-    fp32 = ("scale_pow2_down", "scale_bf16")
+    fp32 = ("scale_pow2_down", "scale_bf16", "dequantised_bf16")
     stored = layout.scales is not None and layout.scales.dtype == "fp32"
     return [
         drawn(

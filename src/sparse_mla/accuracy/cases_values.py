@@ -5,7 +5,7 @@ from __future__ import annotations
 from .case import Case
 from .case_drawn import both, drawn
 
-SCALE_FAULTS = ("scale_pow2_down", "scale_bf16")
+SCALE_FAULTS = ("scale_pow2_down", "scale_bf16", "dequantised_bf16")
 PRECISION_FAULTS = ("p_fp8", "q_fp8", "logits_bf16", "row_sum_bf16", "softmax_base2")
 
 

@@ -136,7 +136,8 @@ def choose_cases(
     """The cases to run.
 
     Args:
-        pattern: a substring or a shell pattern of case names.
+        pattern: a shell pattern of case names, or the beginning of a part of them ("heads",
+            "decode/scales").
         quick: only the short set.
         extra: how many random cases to add.
 
@@ -147,7 +148,8 @@ def choose_cases(
 
     chosen = [c for c in cases if c.quick or not quick]
     if pattern is not None:
-        chosen = [c for c in cases if pattern in c.name or fnmatchcase(c.name, pattern)]
+        part = f"/{pattern}"
+        chosen = [c for c in cases if part in f"/{c.name}" or fnmatchcase(c.name, pattern)]
         if not chosen:
             raise ValueError(f"no case matches {pattern!r}; --list shows all names")
     return chosen + [random_case(seed * 1_000_003 + i) for i in range(extra)]

@@ -7,6 +7,7 @@ stop each of them. As hypotheses, they are compared with the wrong answers of a 
 
 from __future__ import annotations
 
+from .faults_dense import DENSE_FAULTS
 from .faults_extra import EXTRA_FAULTS
 from .faults_fault import Fault
 from .faults_kernel import EmulatedKernel
@@ -18,7 +19,7 @@ from .faults_writing import WRITING
 
 FAULTS: tuple[Fault, ...] = tuple(
     sorted(
-        READING + SOFTMAX + WHOLE + LAYOUT_FAULTS + EXTRA_FAULTS + WRITING,
+        READING + SOFTMAX + WHOLE + LAYOUT_FAULTS + EXTRA_FAULTS + DENSE_FAULTS + WRITING,
         key=lambda fault: fault.line,
     )
 )

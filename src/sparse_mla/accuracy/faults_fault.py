@@ -82,7 +82,15 @@ def has_lengths(inputs: Inputs) -> bool:
 
 
 def many_queries(inputs: Inputs) -> bool:
-    return inputs.op == "decode" and inputs.q.shape[1] > 1
+    return inputs.queries > 1
+
+
+def dense(inputs: Inputs) -> bool:
+    return inputs.op == "dense_decode"
+
+
+def causal_queries(inputs: Inputs) -> bool:
+    return dense(inputs) and inputs.causal
 
 
 def has_masked(inputs: Inputs) -> bool:

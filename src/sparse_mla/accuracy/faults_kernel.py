@@ -51,6 +51,12 @@ EXACT = Arithmetic(torch.float64, None, torch.float64)
 _LOADING = (
     "counts",
     "decode",
+    "dense_ends",
+    "dense_lengths",
+    "dense_lists",
+    "dense_slots",
+    "dense_table",
+    "dequantised",
     "footer_offsets",
     "gather",
     "in_cache",
@@ -136,12 +142,48 @@ class EmulatedKernel:
 
     def sources(self, inputs: Inputs, state: Any) -> list[Source]:
         """What each query token selects, from the main and the extra cache."""
-        s_q = inputs.q.shape[1] if inputs.op == "decode" else 1
+        s_q = inputs.queries
+        if inputs.block_table is not None:
+            return [_source(inputs.cache, self.dense_lists(inputs), None, s_q)]
         made = [_source(inputs.cache, inputs.indices, inputs.topk_length, s_q)]
         if inputs.extra_cache is not None and inputs.extra_indices is not None:
             extra = (inputs.extra_cache, inputs.extra_indices, inputs.extra_topk_length)
             made.append(_source(*extra, s_q))
         return made
+
+    def dense_lists(self, inputs: Inputs) -> torch.Tensor:
+        """The slots [b, s_q, T] that each query token of a dense call sees, -1 past its last."""
+        table, lengths = self.dense_table(inputs), self.dense_lengths(inputs)
+        size = inputs.cache.page_size
+        token = torch.arange(table.shape[1] * size, device=table.device)
+        pages = table.long()[:, token // size]
+        slots = self.dense_slots(inputs.cache, pages, token % size)
+        return torch.where(token < self.dense_ends(inputs, lengths)[..., None], slots[:, None], -1)
+
+    def dense_table(self, inputs: Inputs) -> torch.Tensor:
+        """Pages of each sequence, [b, pages]."""
+        assert inputs.block_table is not None
+        return inputs.block_table
+
+    def dense_lengths(self, inputs: Inputs) -> torch.Tensor:
+        """Tokens of each sequence, [b] int64."""
+        assert inputs.cache_seqlens is not None
+        return inputs.cache_seqlens.long()
+
+    def dense_slots(
+        self, cache: KVCache, pages: torch.Tensor, offsets: torch.Tensor
+    ) -> torch.Tensor:
+        """Slots of tokens `offsets` [T] of pages [b, T], -1 for pages that the cache lacks."""
+        there = (pages >= 0) & (pages < cache.num_pages)
+        return torch.where(there, pages * cache.page_size + offsets, -1)
+
+    def dense_ends(self, inputs: Inputs, lengths: torch.Tensor) -> torch.Tensor:
+        """How many of its sequence's tokens each query token sees, [b, s_q]."""
+        s_q = inputs.q.shape[1]
+        hidden = torch.arange(s_q - 1, -1, -1, device=lengths.device) if inputs.causal else 0
+        return (
+            lengths[:, None] - hidden + torch.zeros(s_q, dtype=torch.int64, device=lengths.device)
+        )
 
     # The device side: load a list of tokens.
 
@@ -234,6 +276,7 @@ class EmulatedKernel:
             latent = latent * self.outer(outer).view(*shape, 1)
         if cache.tensor_scale is not None:
             latent = latent * self.outer(cache.tensor_scale.to(compute))
+        latent = self.dequantised(latent, layout)
         if layout.rope is None:
             return latent
         rope = layout.rope.read(flat).to(compute)
@@ -254,6 +297,10 @@ class EmulatedKernel:
     def outer(self, scales: torch.Tensor) -> torch.Tensor:
         """The factors of whole tokens [n * topk, 1], or of the whole tensor [1]."""
         return scales
+
+    def dequantised(self, latent: torch.Tensor, layout: KVLayout) -> torch.Tensor:
+        """The latent part [n, topk, 512] as it meets the query and the weights."""
+        return latent
 
     def rope(self, rope: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
         """The RoPE part [n, topk, 64]; `scales` is None in layouts without any."""

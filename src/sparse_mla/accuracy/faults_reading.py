@@ -29,7 +29,21 @@ class ScalePow2Down(EmulatedKernel):
         return self.scales(scales)
 
 
+class DequantisedBf16(EmulatedKernel):
+    def dequantised(self, latent: torch.Tensor, layout: KVLayout) -> torch.Tensor:
+        return latent.to(torch.bfloat16).to(latent.dtype) if layout.quantised else latent
+
+
 class ScaleBf16(EmulatedKernel):
+    """With product "bf16" value times scale is rounded as well: FlashMLA's arithmetic on Hopper."""
+
+    product = ""
+
+    def dequantised(self, latent: torch.Tensor, layout: KVLayout) -> torch.Tensor:
+        if self.product != "bf16" or not layout.quantised:
+            return latent
+        return latent.to(torch.bfloat16).to(latent.dtype)
+
     def scales(self, scales: torch.Tensor) -> torch.Tensor:
         return scales.to(torch.bfloat16).to(scales.dtype)
 
@@ -275,7 +289,21 @@ READING = (
         ScalePow2Down,
         quantised,
     ),
-    Fault("scale_bf16", 2, "rounds the stored fp32 scales to bf16", ScaleBf16, quantised),
+    Fault(
+        "scale_bf16",
+        2,
+        "rounds the stored fp32 scales to bf16",
+        ScaleBf16,
+        quantised,
+        variants=({}, {"product": "bf16"}),
+    ),
+    Fault(
+        "dequantised_bf16",
+        2,
+        "rounds the product of value and scale to bf16",
+        DequantisedBf16,
+        quantised,
+    ),
     Fault(
         "scale_neighbour_tile",
         3,

@@ -38,7 +38,7 @@ class StaleMetadata(EmulatedKernel):
 class FirstQueryIndices(EmulatedKernel):
     def sources(self, inputs: Inputs, state: Any) -> list[Source]:
         made = super().sources(inputs, state)
-        if inputs.op != "decode":
+        if inputs.op == "prefill":
             return made
         s_q = inputs.q.shape[1]
         first = torch.arange(inputs.q.shape[0], device=inputs.q.device).repeat_interleave(s_q)
@@ -50,7 +50,7 @@ class FirstQueryMask(EmulatedKernel):
 
     def sources(self, inputs: Inputs, state: Any) -> list[Source]:
         made = super().sources(inputs, state)
-        if inputs.op != "decode":
+        if inputs.op == "prefill":
             return made
         s_q = inputs.q.shape[1]
         first = torch.arange(inputs.q.shape[0], device=inputs.q.device).repeat_interleave(s_q)

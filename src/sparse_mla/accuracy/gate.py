@@ -310,6 +310,8 @@ def _tensors(call: Inputs) -> dict[str, torch.Tensor]:
         "attn_sink": call.attn_sink,
         "extra_indices": call.extra_indices,
         "extra_topk_length": call.extra_topk_length,
+        "block_table": call.block_table,
+        "cache_seqlens": call.cache_seqlens,
     }
     for name, cache in (("cache", call.cache), ("extra_cache", call.extra_cache)):
         if cache is not None:

@@ -267,13 +267,15 @@ def support() -> str:
         )
         for main, extra in PAIRS
     ]
-    body = []
+    # Caches with the same answers share a line.
+    lines: dict[tuple[str, ...], list[str]] = {}
     for op, caches, request in calls:
-        cells = [op, caches]
+        cells = [op]
         for machine in machines:
             running = [a.backend for a in dispatch.explain(request, machine) if a.ok]
             cells.append(", ".join(running) or "no")
-        body.append(cells)
+        lines.setdefault(tuple(cells), []).append(caches)
+    body = [[op, ", ".join(caches), *cells] for (op, *cells), caches in lines.items()]
     columns = ("op", "cache", *("CPU" if n == "cpu" else n for n in SUPPORT_MACHINES))
     return _markdown(columns, body) + "\n"
 

@@ -12,7 +12,7 @@ import typer
 from ..cli_common import device_named, usage_error, writable
 
 Case = Annotated[
-    str | None, typer.Option(help="Only cases whose name holds this, or matches it (*, ?).")
+    str | None, typer.Option(help="Only cases: how a part of the name begins, or a pattern (*, ?).")
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="Only the short set of cases.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of all inputs.")]
@@ -142,8 +142,12 @@ def compare(
         made = compare_sides(
             base, candidate, settings, step, speed=speed, samples=samples, only=workload, note=_note
         )
+    # What was given goes into the JSON file, for reports drawn from it later.
     if why:
         made.about["why"] = why
+    for side, commit in (("base", base_commit), ("candidate", candidate_commit)):
+        if commit:
+            made.about["sides"][side]["commit"] = commit
     write_outputs(made, json, junit)
     if report is not None:
         write_report(made, context, report, lang)

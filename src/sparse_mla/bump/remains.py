@@ -22,7 +22,13 @@ from ..accuracy.gate import FAILED, run_case
 CASES = 12
 """Failing cases that the model runs on."""
 
-SCALE_READS = ("scale_pow2_down", "scale_bf16", "scale_neighbour_tile", "scale_neighbour_token")
+SCALE_READS = (
+    "scale_pow2_down",
+    "scale_bf16",
+    "dequantised_bf16",
+    "scale_neighbour_tile",
+    "scale_neighbour_token",
+)
 
 
 def name_faults(

@@ -115,9 +115,18 @@ class View:
         return empty.set_(storage.untyped_storage(), self.offset, self.shape, self.stride)
 
 
-_PLAIN = ("op", "scale", "scale_rounding")
+_PLAIN = ("op", "scale", "causal", "scale_rounding")
 _TENSORS = (
-    ("q", "indices", "topk_length", "attn_sink", "extra_indices", "extra_topk_length"),
+    (
+        "q",
+        "indices",
+        "topk_length",
+        "attn_sink",
+        "extra_indices",
+        "extra_topk_length",
+        "block_table",
+        "cache_seqlens",
+    ),
     ("latent", "rope", "slots"),
 )
 _CACHES = ("cache", "extra_cache")

@@ -168,8 +168,10 @@ class Server:
         state = self.states[request["state"]]
         what = self.provider.run(call, state).padded
         if what:
-            # Callers of such a kernel keep their tensors padded: that is not its time.
+            # Callers of such a kernel keep their tensors padded: that is not its time. The state
+            # may have kept the shape that was refused.
             call, _ = pad(call)
+            state = self.provider.new_state()
         self.sampler = Sampler(lambda: self.provider.run(call, state), self.device)
         padded = f", {' and '.join(what)} padded beforehand" if what else ""
         return {"how": self.sampler.how + padded}

@@ -26,7 +26,7 @@ import torch
 from ...arch import Arch
 from ..case import Inputs
 
-OPS = ("decode", "prefill", "kv_write")
+OPS = ("decode", "prefill", "dense_decode", "kv_write")
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,7 @@ def _selected(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     indices = inputs.indices.flatten(0, -2)
     valid = (indices >= 0) & (indices < inputs.cache.num_slots)
     if inputs.topk_length is not None:
-        per = inputs.indices.shape[1] if inputs.op == "decode" else 1
-        lengths = inputs.topk_length.repeat_interleave(per)
+        lengths = inputs.topk_length.repeat_interleave(inputs.queries)
         valid &= torch.arange(indices.shape[1], device=indices.device) < lengths[:, None]
     return indices[valid], valid.sum(1)
 

@@ -73,7 +73,8 @@ class ModuleProvider:
             )
 
     def _attend(self, inputs: Inputs, metadata: Any) -> Output:
-        return self._decode(inputs, metadata) if inputs.op == "decode" else self._prefill(inputs)
+        attend = {"decode": self._decode, "dense_decode": self._dense}.get(inputs.op)
+        return self._prefill(inputs) if attend is None else attend(inputs, metadata)
 
     def _decode(self, inputs: Inputs, state: Any) -> Output:
         decode = self._function("flash_mla_with_kvcache")
@@ -123,6 +124,30 @@ class ModuleProvider:
         names.update({f"{name}_scale": cache.tensor_scale for name, cache in given.items()})
         return names
 
+    def _dense(self, inputs: Inputs, state: Any) -> Output:
+        """Dense decode, which FlashMLA has for bf16 and pages of 64 tokens."""
+        decode = self._function("flash_mla_with_kvcache")
+        cache = inputs.cache
+        ours = "kv_format" in inspect.signature(decode).parameters
+        if not ours and (cache.layout.name != "bf16" or cache.page_size != DENSE_PAGE):
+            raise NotOffered(f"dense decode over {cache.layout.name}, pages of {cache.page_size}")
+        quantised = cache.layout.quantised
+        names = {"kv_format": cache.layout.name, "kv_scale": cache.tensor_scale} if ours else {}
+        out, lse = decode(
+            inputs.q,
+            cache.tensor().view(torch.float8_e4m3fn if quantised else torch.bfloat16),
+            inputs.block_table,
+            inputs.cache_seqlens,
+            cache.layout.d_v,
+            state,
+            None,
+            inputs.scale,
+            inputs.causal,
+            quantised,
+            **names,
+        )
+        return Output(out, lse.transpose(1, 2), None, float("inf"))
+
     def _prefill(self, inputs: Inputs) -> Output:
         prefill = self._function("flash_mla_sparse_fwd")
         kv = bf16_rows(inputs)
@@ -152,6 +177,7 @@ class _State:
 # What FlashMLA's kernels take, and its callers pad to.
 PADDED_HEADS = (64, 128)
 PADDED_TOPK = 128
+DENSE_PAGE = 64
 
 
 def pad(inputs: Inputs) -> tuple[Inputs, tuple[str, ...]]:
@@ -165,7 +191,7 @@ def pad(inputs: Inputs) -> tuple[Inputs, tuple[str, ...]]:
         q = torch.nn.functional.pad(q, (0, 0, 0, target - heads))
         if sink is not None:
             sink = torch.nn.functional.pad(sink, (0, target - heads))
-    more = -topk % PADDED_TOPK
+    more = -topk % PADDED_TOPK if inputs.block_table is None else 0
     if more:
         what.append("topk")
         indices = torch.nn.functional.pad(indices, (0, more), value=-1)
@@ -198,6 +224,8 @@ def supports(
         return False, "its sparse decode takes FP8 caches only"
     if op == "decode" and layout not in BY_WIDTH:
         return False, "its sparse decode tells layouts by q's width: v32_fp8 and v4_fp8"
+    if op == "dense_decode" and layout != "bf16":
+        return False, "its dense decode takes bf16 caches"
     if op == "prefill" and layout not in ("bf16", "bf16_nope"):
         return False, "its sparse prefill takes bf16 rows only"
     function = FLASH_MLA_NAMES[op == "prefill"]

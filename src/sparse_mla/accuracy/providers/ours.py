@@ -42,6 +42,21 @@ class Backend:
                 backend=self.name,
             )
             return Output(out, lse)
+        if inputs.op == "dense_decode":
+            if not hasattr(sparse_mla, "dense_decode"):  # an older version
+                raise NotOffered(inputs.op)
+            if inputs.block_table is None or inputs.cache_seqlens is None:
+                raise ValueError("a dense call without block_table or cache_seqlens")
+            out, lse = sparse_mla.dense_decode(
+                inputs.q,
+                cache,
+                inputs.block_table,
+                inputs.cache_seqlens,
+                scale=inputs.scale,
+                causal=inputs.causal,
+                backend=self.name,
+            )
+            return Output(out, lse)
         kv = bf16_rows(inputs)
         out, max_logits, lse = sparse_mla.prefill(
             inputs.q,

@@ -18,6 +18,10 @@ PAIR = 128  # tokens per step
 # With batch_invariant=True every list is cut into parts of this many pairs.
 INVARIANT_PAIRS = 4
 MAX_SPLITS = 64
+# The plans of sm90_expand_plan_kernel, and what `sorted` is written for at most.
+WHOLE, SORTED, BY_SHAPE, BALANCED = 0, 1, 2, 3
+ROUNDS = 16
+SORTED_SEQUENCES = 512
 
 
 @dataclass(frozen=True)
@@ -27,34 +31,25 @@ class Launch:
     Attributes:
         heads: heads of an item.
         rounded_sums: divide by the sum of the rounded weights instead of the exact sum.
-        ahead: units of 64 dims that are loaded before they are needed.
-        right_registers, fill_registers, resolve_registers: per thread of the worker warps; the
-            default ones get what is left of 512.
+        right_registers, fill_registers: per thread of the worker warps, the latter of two groups;
+            the default ones get what is left of 512.
+        prefetch: ask L2 for a tile's rows one tile ahead.
     """
 
     heads: int
     rounded_sums: bool
-    ahead: int
     right_registers: int
     fill_registers: int
-    resolve_registers: int
     prefetch: bool = True
 
 
-# Registers by what ptxas spills: the two plans leave `resolve` with different needs.
-LAUNCH = Launch(64, True, 2, 200, 56, 48)
-LAUNCH_BALANCED = Launch(64, True, 2, 200, 64, 40)
-LAUNCH_32 = Launch(32, True, 2, 200, 64, 40)
-LAUNCH_16 = Launch(16, True, 2, 200, 64, 40)
+LAUNCH = Launch(64, True, 208, 48)
+LAUNCH_16 = Launch(16, True, 168, 72)
 
 
-def launch_for(heads: int, balanced: bool) -> Launch:
-    """The launch for a number of heads and a kind of plan."""
-    if heads <= 16:
-        return LAUNCH_16
-    if heads <= 32:
-        return LAUNCH_32
-    return LAUNCH_BALANCED if balanced else LAUNCH
+def launch_for(heads: int) -> Launch:
+    """The launch for a number of heads."""
+    return LAUNCH_16 if heads <= 16 else LAUNCH
 
 
 @dataclass(frozen=True)
@@ -95,14 +90,14 @@ def attend(
     batch_invariant: bool,
     want_max: bool = False,
     launch: Launch | None = None,
-    balanced: bool | None = None,
+    kind: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Attention of q [b, s_q, h, 512] bf16 over one or two caches; see interface.decode.
 
     Args:
         num_splits: parts that each item is cut into; 0 chooses by shape, or by the lengths.
         want_max: also return max_logits; num_splits must be 1 then.
-        balanced: which plan, see sm90_expand_plan_kernel; None chooses.
+        kind: which plan, see sm90_expand_plan_kernel; None chooses.
 
     Returns:
         out [b, s_q, h, 512] bf16, lse [b, s_q, h] float32 natural, and max_logits like lse.
@@ -131,11 +126,23 @@ def attend(
     pairs = max(1, triton.cdiv(triton.cdiv(topk, 64) + triton.cdiv(extra_topk, 64), 2))
     multiprocessors = arch.of(q.device).multiprocessors
     lengths = main.lengths is not None or extra_lengths is not None
-    if balanced is None:
-        balanced = lengths and pairs > 1 and not num_splits and not batch_invariant
-    launch = launch or launch_for(heads, balanced)
+    if kind is None:
+        kind = BY_SHAPE
+        # Lists with lengths, where they fill more than one round.
+        if lengths and items > multiprocessors and not (num_splits or batch_invariant):
+            rounds = triton.cdiv(items, multiprocessors)
+            few = b <= SORTED_SEQUENCES and rounds <= ROUNDS
+            # Not where a round would be mostly empty if the lengths are all the same.
+            full = 2 * rounds * multiprocessors <= 3 * items
+            kind = SORTED if few and full else BALANCED
+    launch = launch or launch_for(heads)
     meta = None
-    if balanced:
+    if kind == SORTED:
+        programs = min(multiprocessors, items)
+        planned = Plan(items, 1, pairs)
+        slots = cuts = 0
+        meta = torch.empty(programs, ROUNDS, dtype=torch.int32, device=q.device)
+    elif kind == BALANCED:
         programs = min(multiprocessors, items * pairs)
         planned = Plan(items, 1, pairs)
         slots = 2 * programs
@@ -146,6 +153,8 @@ def attend(
         slots = planned.parts(items)
         programs = min(multiprocessors, planned.whole + slots)
         cuts = items - planned.whole
+        if not cuts:
+            kind = WHOLE
     parts = torch.empty(slots, HEADS, 512, dtype=torch.float32, device=q.device)
     parts_lse = torch.empty(slots, HEADS, dtype=torch.float32, device=q.device)
     # Triton launches on the current device, which need not be the tensors'.
@@ -181,13 +190,13 @@ def attend(
             planned.split_pairs,
             scale * math.log2(math.e),
             HEADS=launch.heads,
+            PLAN=kind,
+            SEQUENCES=max(128, triton.next_power_of_2(b)) if kind == SORTED else 0,
             EXTRA=len(sources) > 1,
             ROUNDED_SUMS=launch.rounded_sums,
-            AHEAD=launch.ahead,
             PREFETCH=launch.prefetch,
             RIGHT_REGISTERS=launch.right_registers,
             FILL_REGISTERS=launch.fill_registers,
-            RESOLVE_REGISTERS=launch.resolve_registers,
             num_warps=4,
         )
         if cuts:

@@ -1,13 +1,14 @@
-"""The consumers of the Hopper kernel for expanded caches, up to 32 heads.
+"""The consumers of the Hopper kernel for expanded caches, up to 16 heads.
 
 As in sparse_prefill/sm90_few_heads_kernel.py the operands are swapped, so that tokens and output
-dims, not heads, fill the 64 rows that a warpgroup instruction has at least, and up to 16 heads have
-P as the sum of two bf16. As with 64 heads each of two consumers has the logits and the softmax of
+dims, not heads, fill the 64 rows that a warpgroup instruction has at least, and P is the sum of two
+bf16. As with 64 heads each of two consumers has the logits and the softmax of
 one tile of a pair, and half of the output's dims for both tiles.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -26,17 +27,18 @@ from ..sparse_prefill.sm90_few_heads_kernel import (
     twice,
 )
 from ..sparse_prefill.sm90_kernel import (
+    COPY_ROWS,
     INF,
     LN2,
     TILE,
+    copy_rows,
     exp2,
     finite,
     log2,
     opaque_zero,
-    round_weights,
     sink_factor,
 )
-from .sm90_expand_plan_kernel import entries, pair_count
+from .sm90_expand_plan_kernel import SORTED, entries, pair_count
 
 
 @gluon.jit
@@ -45,8 +47,7 @@ def tile_logits(shared, TILE_OF_PAIR: gl.constexpr, zero, phase, scale_log2, HEA
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEADS, 16])
     none = gl.zeros([TILE, HEADS], gl.float32, layout=layout)
     chains = (warpgroup_mma_init(none), warpgroup_mma_init(none))
-    if HEADS < WIDTH:
-        chains += (warpgroup_mma_init(none), warpgroup_mma_init(none))
+    chains += (warpgroup_mma_init(none), warpgroup_mma_init(none))
     mbarrier.wait(shared.left_full.index(TILE_OF_PAIR), phase)
     k = shared.k_left.index(TILE_OF_PAIR + zero)
     chains = add_logits(chains, k, shared.q_left.index(zero))
@@ -72,6 +73,56 @@ def peak_of(s, peaks, HEADS: gl.constexpr):
 
 
 @gluon.jit
+def copy_query(
+    shape, work, query, shared, target, item,
+    HALF: gl.constexpr, PLAN: gl.constexpr, HEADS: gl.constexpr,
+):  # fmt: skip
+    """Copy half of the columns of an item's Q, if there is one; zeros past the last head."""
+    if item < work.end:
+        which = work.item(shape, item, PLAN)
+        token = shape.token(which)
+        head = shape.first_head(which) + gl.arange(0, HEADS, layout=COPY_ROWS)
+        offset = (token // shape.s_q).to(gl.int64) * query.stride_b
+        offset += (token % shape.s_q).to(gl.int64) * query.stride_s
+        offsets = (offset + head.to(gl.int64) * query.stride_h) * 8
+        copy_rows(target.index(0), query.pointer, offsets, head < shape.heads, 256 * HALF, 256)
+        async_copy.mbarrier_arrive(shared.q_full, increment_count=False)
+
+
+@gluon.jit
+def publish(shared, p, base, HALF: gl.constexpr, zero):
+    """Hand a tile's weights [64, HEADS], as two bf16 each, and the maxima to both consumers."""
+    own_p = shared.p0 if HALF == 0 else shared.p1
+    high = p.to(gl.bfloat16)
+    low = (p - high.to(gl.float32)).to(gl.bfloat16)
+    shared.base.index(HALF).store(base)
+    own_p.index(zero).store(gl.reshape(gl.permute(gl.join(high, low), (0, 2, 1)), [TILE, WIDTH]))
+    fence_async_shared()
+    barrier()
+    mbarrier.arrive(shared.p_full.index(HALF), count=1)
+
+
+@gluon.jit
+def store_few(
+    shape, item, blocks, factor, lse, base, staging, sink_ptr, out_ptr, lse_ptr, max_ptr,
+    HALF: gl.constexpr, HEADS: gl.constexpr,
+):  # fmt: skip
+    """blocks * factor as bf16 columns of an item's rows; lse [HEADS] natural."""
+    heads = shape.heads
+    head = gl.arange(0, HEADS, layout=lse.type.layout)
+    lse = lse * LN2
+    if sink_ptr is not None:
+        sink = gl.load(sink_ptr + head, mask=head < heads, other=0.0)
+        factor = factor * sink_factor(lse, sink)
+    out = out_ptr + shape.row(item) * 512
+    store_half(blocks, factor, staging, out, heads, HEADS, 256 * HALF, False)
+    if HALF == 0:
+        gl.store(lse_ptr + shape.row(item) + head, lse, mask=head < heads)
+        if max_ptr is not None:
+            gl.store(max_ptr + shape.row(item) + head, base * LN2, mask=head < heads)
+
+
+@gluon.jit
 def attend_half_few(
     shape,
     work,
@@ -86,9 +137,10 @@ def attend_half_few(
     parts_ptr,
     parts_lse_ptr,
     scale_log2,
+    query,
     HALF: gl.constexpr,  # 0: left, 1: right
-    BALANCED: gl.constexpr,
-    HEADS: gl.constexpr,  # 16 or 32
+    PLAN: gl.constexpr,
+    HEADS: gl.constexpr,  # 16
 ):
     """A consumer: softmax of one tile of each pair, half of the output's dims."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEADS, 16])
@@ -96,22 +148,22 @@ def attend_half_few(
     by_column: gl.constexpr = gl.SliceLayout(0, OUT)
     values = shared.k_left if HALF == 0 else shared.k_right
     values_free = shared.left_free if HALF == 0 else shared.right_free
-    own_p = shared.p0 if HALF == 0 else shared.p1
-    head = gl.arange(0, HEADS, layout=by_head)
     done = 0
     item_phase = 0
     start = work.start
+    target = shared.q_left if HALF == 0 else shared.q_right
+    copy_query(shape, work, query, shared, target, work.begin, HALF, PLAN, HEADS)
     for item in range(work.begin, work.end, work.step):
-        b = shape.sequence(item if BALANCED else shape.item_of(item))
+        which = work.item(shape, item, PLAN)
+        b = shape.sequence(which)
         in_lists = pair_count(
             entries(shape.topk, lengths, b), entries(shape.extra_topk, extra_lengths, b)
         )
-        which, first, last, slot = work.cut(shape, item, start, in_lists, BALANCED)
+        first, last, slot = work.cut(shape, item, start, in_lists, PLAN)
         pairs = last - first
         base = gl.full([HEADS], -INF, gl.float32, layout=by_head)
         # Each thread sums its own tokens until the end.
         exact = gl.zeros([TILE, HEADS], gl.float32, layout=layout)
-        rounded = exact
         # Four blocks of 64 dims.
         none = gl.zeros([64, WIDTH], gl.float32, layout=OUT)
         blocks = (none, none, none, none)
@@ -119,43 +171,21 @@ def attend_half_few(
         for j in range(pairs):
             zero = opaque_zero(j)
             phase = (done + j) & 1
-            s = tile_logits(shared, HALF, zero, phase, scale_log2, HEADS)
-            peak = peak_of(s, peaks.index(HALF), HEADS)
             if HALF == 0:
-                even_base = gl.maximum(base, peak)
-                new_base = even_base
+                s = tile_logits(shared, 0, zero, phase, scale_log2, HEADS)
+                even_base = gl.maximum(base, peak_of(s, peaks.index(0), HEADS))
+                p = exp2(s - finite(even_base)[None, :])
+                publish(shared, p, even_base, 0, zero)
+                decay = exp2(base - finite(even_base))
+                exact = exact * decay[None, :] + p
             else:
+                # The even tile first, so that it is free early; as with 64 heads.
                 mbarrier.wait(shared.p_full.index(0), phase)
                 even_base = shared.base.index(0).load(by_head)
-                new_base = gl.maximum(even_base, peak)
-            shift = finite(new_base)
-            p = exp2(s - shift[None, :])
-            shared.base.index(HALF).store(new_base)
-            p_rounded = p
-            if HEADS < WIDTH:
-                high = p.to(gl.bfloat16)
-                low = (p - high.to(gl.float32)).to(gl.bfloat16)
-                both = gl.reshape(gl.permute(gl.join(high, low), (0, 2, 1)), [TILE, WIDTH])
-                own_p.index(zero).store(both)
-            else:
-                weights, p_rounded = round_weights(p)
-                own_p.index(zero).store(weights)
-            fence_async_shared()
-            barrier()
-            mbarrier.arrive(shared.p_full.index(HALF), count=1)
-            if HALF == 1:
-                mbarrier.arrive(shared.q_free, count=1, pred=j == pairs - 1)
-
-            decay = exp2(base - finite(even_base))
+                decay = exp2(base - finite(even_base))
             blocks = add_values(
                 blocks, twice(decay, by_column)[None, :], values.index(zero), shared.p0.index(zero)
             )
-            if HALF == 1:
-                odd_decay = exp2(even_base - shift)
-                decay = decay * odd_decay
-            exact = exact * decay[None, :] + p
-            if HEADS == WIDTH:
-                rounded = rounded * decay[None, :] + p_rounded
             blocks = warpgroup_mma_wait(0, deps=blocks)
             barrier()
             mbarrier.arrive(values_free.index(0), count=1)
@@ -165,10 +195,13 @@ def attend_half_few(
                 base = shared.base.index(1).load(by_head)
                 decay = exp2(even_base - finite(base))
                 exact = exact * decay[None, :]
-                if HEADS == WIDTH:
-                    rounded = rounded * decay[None, :]
             else:
-                base = new_base
+                s = tile_logits(shared, 1, zero, phase, scale_log2, HEADS)
+                base = gl.maximum(even_base, peak_of(s, peaks.index(1), HEADS))
+                p = exp2(s - finite(base)[None, :])
+                publish(shared, p, base, 1, zero)
+                odd_decay = exp2(even_base - finite(base))
+                exact = exact * (decay * odd_decay)[None, :] + p
                 decay = odd_decay
             blocks = add_values(
                 blocks,
@@ -181,35 +214,32 @@ def attend_half_few(
             # The last pair's tile becomes the staging buffer of the output first.
             mbarrier.arrive(values_free.index(1), count=1, pred=j < pairs - 1)
 
-        shared.sums.index(2 * HALF).store(gl.sum(exact, 0))
-        if HEADS == WIDTH:
-            shared.sums.index(2 * HALF + 1).store(gl.sum(rounded, 0))
+        shared.sums.index(HALF).store(gl.sum(exact, 0))
         barrier()
         mbarrier.arrive(shared.sums_full.index(HALF), count=1)
+        # Both consumers' logits are done: each has waited for the other one's weights.
+        copy_query(shape, work, query, shared, target, item + work.step, HALF, PLAN, HEADS)
         mbarrier.wait(shared.sums_full.index(1 - HALF), item_phase)
-        total = shared.sums.index(0).load(by_head) + shared.sums.index(2).load(by_head)
+        total = shared.sums.index(0).load(by_head) + shared.sums.index(1).load(by_head)
         lse = gl.where(total == 0.0, -INF, base + log2(total))
-        if HEADS == WIDTH:
-            total = shared.sums.index(1).load(by_head) + shared.sums.index(3).load(by_head)
         factor = gl.where(total == 0.0, 0.0, 1.0 / total)
-        heads = shape.heads
         staging = values.index(1).slice(0, HEADS, dim=0)
-        if slot < 0:
-            lse = lse * LN2
-            if sink_ptr is not None:
-                sink = gl.load(sink_ptr + head, mask=head < heads, other=0.0)
-                factor = factor * sink_factor(lse, sink)
-            out = out_ptr + shape.row(which) * 512
-            store_half(blocks, factor, staging, out, heads, HEADS, 256 * HALF, False)
-            if HALF == 0:
-                gl.store(lse_ptr + shape.row(which) + head, lse, mask=head < heads)
-                if max_ptr is not None:
-                    gl.store(max_ptr + shape.row(which) + head, base * LN2, mask=head < heads)
+        if PLAN <= SORTED:  # noqa: SIM114
+            store_few(
+                shape, which, blocks, factor, lse, base, staging, sink_ptr, out_ptr, lse_ptr,
+                max_ptr, HALF, HEADS,
+            )  # fmt: skip
+        elif slot < 0:
+            store_few(
+                shape, which, blocks, factor, lse, base, staging, sink_ptr, out_ptr, lse_ptr,
+                max_ptr, HALF, HEADS,
+            )  # fmt: skip
         else:
             part = parts_ptr + slot.to(gl.int64) * (64 * 512)
-            store_half(blocks, factor, staging, part, heads, HEADS, 256 * HALF, True)
+            store_half(blocks, factor, staging, part, shape.heads, HEADS, 256 * HALF, True)
             if HALF == 0:
-                gl.store(parts_lse_ptr + slot * 64 + head, lse, mask=head < heads)
+                head = gl.arange(0, HEADS, layout=by_head)
+                gl.store(parts_lse_ptr + slot * 64 + head, lse, mask=head < shape.heads)
         barrier()
         mbarrier.arrive(values_free.index(1), count=1)
         start += in_lists + 1

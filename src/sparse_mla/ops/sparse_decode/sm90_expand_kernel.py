@@ -20,40 +20,52 @@ from ..sparse_prefill.sm90_kernel import (
     STORE_ROWS,
     TILE,
     Shared,
-    attend_pairs,
     both_sums,
     log2,
     sink_factor,
 )
-from .sm90_expand_few_heads_kernel import attend_half_few
-from .sm90_expand_fill_kernel import RING, Pages, Ring, fill, resolve
+from .sm90_expand_few_heads_kernel import attend_half_few, copy_query
+from .sm90_expand_fill_kernel import HALF_TILE, RAW, Pages, fill
+from .sm90_expand_pairs_kernel import OUT_COLUMNS, OUT_ROWS, attend_pairs
 from .sm90_expand_plan_kernel import (
+    BALANCED,
+    SORTED,
+    Query,
     Shape,
     entries,
     pair_count,
     plan_balanced,
     plan_by_shape,
+    plan_sorted,
 )
-
-# Accumulators: with sixteen warps ptxas has no registers for instructions of 256 columns.
-OUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
-OUT_ROWS = gl.constexpr(gl.SliceLayout(1, OUT))
-OUT_COLUMNS = gl.constexpr(gl.SliceLayout(0, OUT))
 
 
 @gluon.jit
-def store_whole(acc, staging, out_ptr, heads, COLUMN: gl.constexpr):
-    """acc [64, 256] as bf16 columns of up to 64 rows, through shared memory: 512 bytes a warp."""
-    staging.store(acc.to(gl.bfloat16))
+def store_whole(
+    shape, item, acc, factor, lse, base, sink, staging, out_ptr, lse_ptr, max_ptr,
+    HALF: gl.constexpr,
+):  # fmt: skip
+    """acc * factor [64, 256] as bf16 columns of an item's rows; lse [64] natural."""
+    heads = shape.heads - shape.first_head(item)
+    head = gl.arange(0, TILE, layout=LOGIT_ROWS)
+    lse = lse * LN2
+    if sink is not None:
+        factor = factor * sink_factor(lse, sink)
+    # Through shared memory, so that a warp stores 512 contiguous bytes.
+    staging.store((acc * gl.convert_layout(factor, OUT_ROWS)[:, None]).to(gl.bfloat16))
     barrier()
     rows = gl.arange(0, TILE, layout=STORE_ROWS)
     columns = gl.arange(0, 256, layout=STORE_COLUMNS)
     gl.store(
-        out_ptr + (rows[:, None] * 512 + (columns[None, :] + COLUMN)),
+        out_ptr + shape.row(item) * 512 + (rows[:, None] * 512 + (columns[None, :] + 256 * HALF)),
         staging.load(STORE),
         mask=(rows < heads)[:, None],
         cache_modifier=".cs",
     )
+    if HALF == 0:
+        gl.store(lse_ptr + shape.row(item) + head, lse, mask=head < heads)
+        if max_ptr is not None:
+            gl.store(max_ptr + shape.row(item) + head, base * LN2, mask=head < heads)
 
 
 @gluon.jit
@@ -70,8 +82,9 @@ def attend_half(
     parts_ptr,
     parts_lse_ptr,
     scale_log2,
+    query,
     HALF: gl.constexpr,  # 0: left, 1: right
-    BALANCED: gl.constexpr,
+    PLAN: gl.constexpr,
     ROUNDED_SUMS: gl.constexpr,
 ):
     """A consumer: softmax of one tile of each pair, half of the output's columns."""
@@ -81,34 +94,41 @@ def attend_half(
     done = 0
     item_phase = 0
     start = work.start
+    target = shared.q_left if HALF == 0 else shared.q_right
+    copy_query(shape, work, query, shared, target, work.begin, HALF, PLAN, 64)
     for item in range(work.begin, work.end, work.step):
-        b = shape.sequence(item if BALANCED else shape.item_of(item))
+        which = work.item(shape, item, PLAN)
+        b = shape.sequence(which)
         in_lists = pair_count(
             entries(shape.topk, lengths, b), entries(shape.extra_topk, extra_lengths, b)
         )
-        which, first, last, slot = work.cut(shape, item, start, in_lists, BALANCED)
+        first, last, slot = work.cut(shape, item, start, in_lists, PLAN)
         pairs = last - first
         mbarrier.wait(shared.q_full, item_phase)
         acc, base, exact, rounded = attend_pairs(
-            shared, pairs, done, scale_log2, HALF, 0, ROUNDED_SUMS, OUT
+            shared, pairs, done, scale_log2, HALF, ROUNDED_SUMS
         )
+        # Both consumers' logits are done: `attend_pairs` waits for the other one's weights.
+        copy_query(shape, work, query, shared, target, item + work.step, HALF, PLAN, 64)
+        # Loaded here, so that it has come when the sums have.
+        sink = None
+        if sink_ptr is not None:
+            head = shape.first_head(which) + gl.arange(0, TILE, layout=LOGIT_ROWS)
+            sink = gl.load(sink_ptr + head, mask=head < shape.heads, other=0.0)
         exact, rounded = both_sums(shared, exact, rounded, item_phase, HALF, ROUNDED_SUMS)
         lse = gl.where(exact == 0.0, -INF, base + log2(exact))
         factor = gl.where(rounded == 0.0, 0.0, 1.0 / rounded)
-        heads = shape.heads - shape.first_head(which)
-        if slot < 0:
-            lse = lse * LN2
-            if sink_ptr is not None:
-                sink = gl.load(
-                    sink_ptr + (shape.first_head(which) + rows), mask=rows < heads, other=0.0
-                )
-                factor = factor * sink_factor(lse, sink)
-            acc = acc * gl.convert_layout(factor, OUT_ROWS)[:, None]
-            store_whole(acc, values.index(1), out_ptr + shape.row(which) * 512, heads, 256 * HALF)
-            if HALF == 0:
-                gl.store(lse_ptr + shape.row(which) + rows, lse, mask=rows < heads)
-                if max_ptr is not None:
-                    gl.store(max_ptr + shape.row(which) + rows, base * LN2, mask=rows < heads)
+        staging = values.index(1)
+        if PLAN <= SORTED:  # noqa: SIM114
+            store_whole(
+                shape, which, acc, factor, lse, base, sink, staging, out_ptr, lse_ptr, max_ptr,
+                HALF,
+            )  # fmt: skip
+        elif slot < 0:
+            store_whole(
+                shape, which, acc, factor, lse, base, sink, staging, out_ptr, lse_ptr, max_ptr,
+                HALF,
+            )  # fmt: skip
         else:
             acc = acc * gl.convert_layout(factor, OUT_ROWS)[:, None]
             out_rows = gl.arange(0, TILE, layout=OUT_ROWS)[:, None]
@@ -126,20 +146,20 @@ def attend_half(
 @gluon.jit
 def consumer(
     shape, work, shared, peaks, lengths, extra_lengths, sink_ptr, out_ptr, lse_ptr, max_ptr,
-    parts_ptr, parts_lse_ptr, scale_log2,
-    HALF: gl.constexpr, BALANCED: gl.constexpr, ROUNDED_SUMS: gl.constexpr, HEADS: gl.constexpr,
+    parts_ptr, parts_lse_ptr, scale_log2, query,
+    HALF: gl.constexpr, PLAN: gl.constexpr, ROUNDED_SUMS: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     if HEADS == 64:
         attend_half(
             shape, work, shared, lengths, extra_lengths, sink_ptr, out_ptr, lse_ptr, max_ptr,
-            parts_ptr, parts_lse_ptr, scale_log2,
-            HALF, BALANCED, ROUNDED_SUMS,
+            parts_ptr, parts_lse_ptr, scale_log2, query,
+            HALF, PLAN, ROUNDED_SUMS,
         )  # fmt: skip
     else:
         attend_half_few(
             shape, work, shared, peaks, lengths, extra_lengths, sink_ptr, out_ptr, lse_ptr, max_ptr,
-            parts_ptr, parts_lse_ptr, scale_log2,
-            HALF, BALANCED, HEADS,
+            parts_ptr, parts_lse_ptr, scale_log2, query,
+            HALF, PLAN, HEADS,
         )  # fmt: skip
 
 
@@ -197,7 +217,7 @@ def attend(
     max_ptr,  # [b * s_q, heads] float32, natural, or None; only where no item is cut
     parts_ptr,  # [slots, 64, 512] float32: items that are cut
     parts_lse_ptr,  # [slots, 64] float32, log2
-    meta_ptr,  # [programs, 4] int32, see plan_balanced; None where the plan is by shape
+    meta_ptr,  # int32, what plan_balanced or plan_sorted write; None by shape
     q_stride_b,  # strides of q in units of 8 elements
     q_stride_s,
     q_stride_h,
@@ -225,25 +245,26 @@ def attend(
     splits,  # so many parts of
     split_pairs,  # so many pairs of tiles
     scale_log2,  # softmax scale * log2(e)
-    HEADS: gl.constexpr,  # of an item: 16, 32 or 64
+    HEADS: gl.constexpr,  # of an item: 16 or 64
+    PLAN: gl.constexpr,  # see sm90_expand_plan_kernel
+    SEQUENCES: gl.constexpr,  # sorted: at least b
     EXTRA: gl.constexpr,
     ROUNDED_SUMS: gl.constexpr,
-    AHEAD: gl.constexpr,
     PREFETCH: gl.constexpr,
     RIGHT_REGISTERS: gl.constexpr,
     FILL_REGISTERS: gl.constexpr,
-    RESOLVE_REGISTERS: gl.constexpr,
 ):
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     barriers: gl.constexpr = mbarrier.MBarrierLayout()
-    BALANCED: gl.constexpr = meta_ptr is not None
     shape = Shape(s_q, heads, head_blocks, topk, extra_topk, items, whole, splits, split_pairs)
-    if BALANCED:
+    if PLAN == SORTED:
+        work = plan_sorted(shape, lengths_ptr, extra_lengths_ptr, meta_ptr, SEQUENCES)
+    elif PLAN == BALANCED:
         work = plan_balanced(shape, lengths_ptr, extra_lengths_ptr, meta_ptr)
     else:
         work = plan_by_shape(shape)
-    # Up to 32 heads P is [64 tokens, 32], else [64 heads, 64 tokens].
+    # Up to 16 heads P is [64 tokens, 32], else [64 heads, 64 tokens].
     WIDTH: gl.constexpr = 64 if HEADS == 64 else 32
     weights: gl.constexpr = gl.NVMMASharedLayout(2 * WIDTH, 16, 2)
     p0 = gl.allocate_shared_memory(gl.bfloat16, [1, TILE, WIDTH], weights)
@@ -273,30 +294,22 @@ def attend(
         gl.allocate_shared_memory(gl.int64, [2, 1], barriers),
         gl.allocate_shared_memory(gl.int64, [2, 1], barriers),
     )
-    ring = Ring(
-        gl.allocate_shared_memory(gl.int64, [RING, TILE], plain),
-        gl.allocate_shared_memory(
-            gl.int32, [RING, TILE, 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        ),
-        gl.allocate_shared_memory(gl.int64, [RING, 1], barriers),
-        gl.allocate_shared_memory(gl.int64, [RING, 1], barriers),
-    )
-    # cp.async arrives once per lane: for Q, for the bf16 unit in the right half and for scales.
-    for place in gl.static_range(RING):
-        mbarrier.init(ring.full.index(place), count=129)
-        mbarrier.init(ring.free.index(place), count=1)
+    # The expanding groups' raw units.
+    raw0 = gl.allocate_shared_memory(gl.int32, [2, HALF_TILE, 32], RAW)
+    raw1 = gl.allocate_shared_memory(gl.int32, [2, HALF_TILE, 32], RAW)
+    # cp.async arrives once per lane: both consumers copy their half of Q.
     for stage in gl.static_range(2):
-        mbarrier.init(shared.left_full.index(stage), count=1)
-        mbarrier.init(shared.right_full.index(stage), count=129)
+        mbarrier.init(shared.left_full.index(stage), count=2)
+        mbarrier.init(shared.right_full.index(stage), count=2)
         mbarrier.init(shared.left_free.index(stage), count=1)
         mbarrier.init(shared.right_free.index(stage), count=1)
         mbarrier.init(shared.p_full.index(stage), count=1)
         mbarrier.init(shared.sums_full.index(stage), count=1)
-    mbarrier.init(shared.q_full, count=128)
+    mbarrier.init(shared.q_full, count=256)
     mbarrier.init(shared.q_free, count=1)
 
     main = Pages(
-        gl.to_tensor(0).to(gl.int64),
+        kv_ptr,
         page_words.to(gl.int64),
         page_size,
         page_magic,
@@ -306,9 +319,8 @@ def attend(
         indices_stride_b.to(gl.int64),
         indices_stride_s.to(gl.int64),
     )
-    # Both caches are aligned to 16 bytes, so that the distance is a number of words.
     extra = Pages(
-        (extra_ptr.to(gl.int64) - kv_ptr.to(gl.int64)) // 16 * 4,
+        extra_ptr,
         extra_page_words.to(gl.int64),
         extra_page_size,
         extra_page_magic,
@@ -318,6 +330,7 @@ def attend(
         extra_stride_b.to(gl.int64),
         extra_stride_s.to(gl.int64),
     )
+    query = Query(q_ptr, q_stride_b.to(gl.int64), q_stride_s.to(gl.int64), q_stride_h.to(gl.int64))
     gl.warp_specialize(
         [
             (
@@ -336,8 +349,9 @@ def attend(
                     parts_ptr,
                     parts_lse_ptr,
                     scale_log2,
+                    query,
                     0,
-                    BALANCED,
+                    PLAN,
                     ROUNDED_SUMS,
                     HEADS,
                 ),
@@ -358,8 +372,9 @@ def attend(
                     parts_ptr,
                     parts_lse_ptr,
                     scale_log2,
+                    query,
                     1,
-                    BALANCED,
+                    PLAN,
                     ROUNDED_SUMS,
                     HEADS,
                 ),
@@ -370,37 +385,35 @@ def attend(
                     shape,
                     work,
                     shared,
-                    ring,
-                    lengths_ptr,
-                    extra_lengths_ptr,
-                    kv_ptr,
-                    BALANCED,
-                    AHEAD,
-                ),
-            ),
-            (
-                resolve,
-                (
-                    shape,
-                    work,
-                    shared,
-                    ring,
+                    raw0,
                     main,
                     extra,
                     lengths_ptr,
                     extra_lengths_ptr,
-                    q_ptr,
-                    kv_ptr,
-                    q_stride_b.to(gl.int64),
-                    q_stride_s.to(gl.int64),
-                    q_stride_h.to(gl.int64),
                     EXTRA,
-                    BALANCED,
+                    PLAN,
                     PREFETCH,
-                    HEADS,
+                    0,
+                ),
+            ),
+            (
+                fill,
+                (
+                    shape,
+                    work,
+                    shared,
+                    raw1,
+                    main,
+                    extra,
+                    lengths_ptr,
+                    extra_lengths_ptr,
+                    EXTRA,
+                    PLAN,
+                    PREFETCH,
+                    1,
                 ),
             ),
         ],
         [4, 4, 4],
-        [RIGHT_REGISTERS, FILL_REGISTERS, RESOLVE_REGISTERS],
+        [RIGHT_REGISTERS, FILL_REGISTERS, FILL_REGISTERS],
     )

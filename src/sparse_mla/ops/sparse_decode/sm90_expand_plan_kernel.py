@@ -1,10 +1,13 @@
 """Which work a program of the Hopper kernel for expanded caches does, and how parts are merged.
 
 An item is a query token and 64 of its heads; its tiles are those of its list in the main cache,
-then those of its list in the extra cache, two (a pair) at a time. Programs take items in one of two
-ways, and write what covers an item only in part to slots of a workspace:
+then those of its list in the extra cache, two (a pair) at a time. Programs take items in one of
+four ways, and write what covers an item only in part to slots of a workspace:
 
+- **Whole**: in turn; no item is cut.
 - **By shape**: `whole` items go to the programs in turn, each of the others is cut into `splits`.
+- **Sorted**: the longest items go to the programs in turn, forth and back, so that whoever got a
+  long one gets a short one next. No item is cut.
 - **Balanced**: the lists' lengths are counted on the device, and all items laid end to end, each
   one unit for its beginning and one for every pair, are cut into equal parts, one a program.
 """
@@ -16,8 +19,16 @@ from triton.experimental.gluon import language as gl
 from triton.language.core import _aggregate as aggregate
 from triton.language.extra.cuda import gdc_wait
 
+from ..gluon_compat import barrier
 from .triton_kernel import sink_factor
 
+# The plans, see above; those up to SORTED cut no item.
+WHOLE = gl.constexpr(0)
+SORTED = gl.constexpr(1)
+BY_SHAPE = gl.constexpr(2)
+BALANCED = gl.constexpr(3)
+# The most items of a program where they are sorted.
+ROUNDS = gl.constexpr(16)
 # Sequences whose lengths are summed up at a time.
 CHUNK = gl.constexpr(512)
 CHUNK_LAYOUT = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
@@ -80,6 +91,20 @@ class Shape:
         return self.token(item).to(gl.int64) * self.heads + self.first_head(item)
 
 
+@aggregate
+class Query:
+    """Where Q is; strides in units of 8 elements."""
+
+    pointer: gl.tensor
+    stride_b: gl.tensor
+    stride_s: gl.tensor
+    stride_h: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, *fields):
+        self.pointer, self.stride_b, self.stride_s, self.stride_h = fields
+
+
 @gluon.jit
 def entries(limit, lengths, b):
     """How many entries of a list count."""
@@ -104,41 +129,53 @@ class Work:
     start: gl.tensor  # the unit where item `begin` starts
     first: gl.tensor
     last: gl.tensor
+    own: gl.tensor  # sorted: pointer to all programs' items [programs, ROUNDS]
 
     @gluon.constexpr_function
     def __init__(self, *fields):
-        self.begin, self.end, self.step, self.start, self.first, self.last = fields
+        self.begin, self.end, self.step, self.start, self.first, self.last, self.own = fields
 
     @gluon.jit
-    def cut(self, shape, item, start, pairs, BALANCED: gl.constexpr):
+    def item(self, shape, number, PLAN: gl.constexpr):
+        """The item that `number`, from `begin` to `end` by `step`, stands for."""
+        if PLAN == BY_SHAPE:
+            number = shape.item_of(number)
+        if PLAN == SORTED:
+            number = gl.load(self.own + gl.program_id(0) * ROUNDS + number)
+        return number
+
+    @gluon.jit
+    def cut(self, shape, item, start, pairs, PLAN: gl.constexpr):
         """The program's part of an item that starts at unit `start` and has `pairs`.
 
-        Returns the item's number, the pairs [first, last) and the workspace's slot, -1 for none.
+        Returns the pairs [first, last) and the workspace's slot, -1 for none.
         """
-        if BALANCED:
+        if PLAN <= SORTED:
+            first = item * 0
+            last = pairs
+            slot = first - 1
+        elif PLAN == BALANCED:
             first = gl.maximum(self.first - start - 1, 0)
             last = gl.minimum(self.last - start - 1, pairs)
             covered = (first == 0) & (last == pairs)
             slot = 2 * gl.program_id(0) + (item != self.begin).to(gl.int32)
             slot = gl.where(covered, -1, slot)
-            which = item
         else:
             cut = item - shape.whole
             part = gl.where(cut < 0, 0, cut % shape.splits)
-            which = shape.item_of(item)
             first = part * shape.split_pairs
             # A part past the end goes through a masked pair.
             last = gl.minimum(first + shape.split_pairs, gl.maximum(pairs, first + 1))
             last = gl.where(cut < 0, pairs, last)
             slot = gl.where(cut < 0, -1, cut)
-        return which, first, last, slot
+        return first, last, slot
 
 
 @gluon.jit
 def plan_by_shape(shape):
     pid = gl.program_id(0)
     zero = pid * 0
-    return Work(pid, shape.items(), gl.num_programs(0), zero, zero, zero)
+    return Work(pid, shape.items(), gl.num_programs(0), zero, zero, zero, zero)
 
 
 @gluon.jit
@@ -254,7 +291,51 @@ def plan_balanced(shape, lengths, extra_lengths, meta_ptr):
     gl.store(meta_ptr + pid * 4 + 1, 2 * pid + (final != begin).to(gl.int32))
     gl.store(meta_ptr + pid * 4 + 2, owner - pid + 1)
     end = gl.where(idle, begin, final + 1)
-    return Work(begin, end, gl.to_tensor(1), start, first, last)
+    return Work(begin, end, gl.to_tensor(1), start, first, last, pid * 0)
+
+
+@gluon.jit
+def plan_sorted(shape, lengths, extra_lengths, own_ptr, SEQUENCES: gl.constexpr):
+    """This program's items, written to own [programs, ROUNDS]; at most SEQUENCES sequences."""
+    rows: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [4, 1], [1, 0])
+    by_row: gl.constexpr = gl.SliceLayout(1, rows)
+    by_column: gl.constexpr = gl.SliceLayout(0, rows)
+    per_sequence = shape.s_q * shape.head_blocks
+    sequences = shape.count // per_sequence
+    mine = gl.arange(0, SEQUENCES, layout=by_row)
+    keys = sequence_key(shape, lengths, extra_lengths, mine, sequences, SEQUENCES)
+    rank = gl.zeros([SEQUENCES], gl.int32, layout=by_row)
+    for at in range(0, sequences, 16):
+        others = at + gl.arange(0, 16, layout=by_column)
+        theirs = sequence_key(shape, lengths, extra_lengths, others, sequences, SEQUENCES)
+        rank += gl.sum((theirs[None, :] > keys[:, None]).to(gl.int32), 1)
+    # Forth and back: who got a long item gets a short one next.
+    pid = gl.program_id(0)
+    programs = gl.num_programs(0)
+    number = gl.arange(0, ROUNDS, layout=by_column)
+    place = number * programs + gl.where(number % 2 == 0, pid, programs - 1 - pid)
+    is_mine = rank[:, None] == (place // per_sequence)[None, :]
+    items = mine[:, None] * per_sequence + (place % per_sequence)[None, :]
+    own = gl.max(gl.where(is_mine, items, -1), 0)
+    gl.store(own_ptr + pid * ROUNDS + number, own)
+    barrier()
+    count = gl.sum((place < shape.count).to(gl.int32), 0)
+    zero = pid * 0
+    return Work(zero, count, gl.to_tensor(1), zero, zero, zero, own_ptr)
+
+
+@gluon.jit
+def sequence_key(shape, lengths, extra_lengths, at, sequences, SEQUENCES: gl.constexpr):
+    """Greater for a sequence of more tiles, then for an earlier one; -1 past the last."""
+    ok = at < sequences
+    main = at * 0 + shape.topk
+    extra = at * 0 + shape.extra_topk
+    if lengths is not None:
+        main = gl.maximum(gl.minimum(gl.load(lengths + at, mask=ok, other=0), main), 0)
+    if extra_lengths is not None:
+        extra = gl.maximum(gl.minimum(gl.load(extra_lengths + at, mask=ok, other=0), extra), 0)
+    pairs = pair_count(main, extra)
+    return gl.where(ok, pairs * SEQUENCES + (SEQUENCES - 1 - at), -1)
 
 
 @triton.jit(do_not_specialize=["heads", "head_blocks", "whole", "splits"])
