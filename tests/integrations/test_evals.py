@@ -262,6 +262,20 @@ def test_the_regression_is_told_by_the_gate(trained, short, tmp_path):
     assert again.exit_code == 0 and (tmp_path / "b.html").stat().st_size > 10_000
 
 
+def test_documents_say_what_committed_results_say():
+    import evaluation_tables
+
+    for document, text in evaluation_tables.documents(evaluation_tables.ROOT).items():
+        assert document.read_text() == text, f"{document.name}: run tools/evaluation_tables.py"
+
+
+def test_a_prompt_past_the_models_positions_is_refused(loaded):
+    net, tokenizer = loaded
+    problems = tasks.ProblemSet("problems", fewshot(40), held_out(1), 128)
+    with pytest.raises(ValueError, match="max_position_embeddings 2048"):
+        run.ask(net, tokenizer, problems)
+
+
 def test_a_foreign_file_has_no_report(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{"format": "other"}')
