@@ -34,7 +34,8 @@ test: setup $(MEASURED)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term
 
 # tests/integrations with the newest transformers that [transformers] allows, and with the oldest.
-# The oldest brings its dependencies: the newest's hub client is another. `make test` has neither; what is missing here is an error, not a skipped test.
+# The oldest brings its own dependencies: its hub client is an older one, too. `make test` has
+# neither version; what is missing here is an error, not a skipped test.
 OLDEST_TRANSFORMERS := 5.17.0
 OLDEST := $(VENV)/transformers-$(OLDEST_TRANSFORMERS)
 NEEDED := import datasets, lm_eval, peft, scipy, transformers; print('transformers', transformers.__version__)
