@@ -114,9 +114,25 @@ def _per_partition(usage: Usage) -> dict[str, int]:
     return {registers: int(spills.split("/")[0]) for registers, spills in pairs}
 
 
+def unordered_captures(ptx: str) -> bool:
+    """Whether a warp-specialised kernel reads shared memory and then, with no barrier between,
+    stores there what its partitions are passed: Triton puts this where a reduction had its sums,
+    and does not have the warps meet first.
+    """
+    lines = [line.strip() for line in ptx.splitlines()]
+    starts = (n for n, line in enumerate(lines) if re.match(r"bar(rier)?\.sync\s+1\b", line))
+    before = lines[: next(starts, 0)]
+    while before and not re.match(r"bar(rier)?\.sync\s+0\b", before[-1]):
+        if "ld.shared" in before.pop():
+            return True
+    return False
+
+
 def usage_of(compiled: Any, number: int) -> Usage:
     """Read the machine code, and what ptxas says when it makes it once more from the same PTX."""
     ptx = compiled.asm["ptx"]
+    if unordered_captures(ptx):
+        raise RuntimeError("no barrier between a load from shared memory and the partitions' start")
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     if target is None:
         raise ValueError("the PTX names no target")

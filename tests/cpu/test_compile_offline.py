@@ -24,6 +24,7 @@ if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
 
 import offline  # noqa: E402
+import sanitize  # noqa: E402
 import sass  # noqa: E402
 import usage  # noqa: E402
 from offline import Build  # noqa: E402
@@ -105,6 +106,22 @@ def test_what_is_worse_is_named(changes: dict[str, object], said: str) -> None:
     found = Usage(**{**USAGE.__dict__, **changes}).worse_than(USAGE)
     assert len(found) == bool(said)
     assert said in "".join(found)
+
+
+def test_lines_that_the_sanitizer_may_name_exist() -> None:
+    for file, explained in sanitize.HANDED_OVER.items():
+        lines = {line.strip() for line in (sanitize.SOURCE / file).read_text().splitlines()}
+        assert set(explained) <= lines, file
+
+
+@pytest.mark.parametrize(
+    ("between", "unordered"), ((("mov.b32 %r3, 1;",), True), (("bar.sync \t0, 128;",), False))
+)
+def test_sums_that_captures_replace_are_found(between: tuple[str, ...], unordered: bool) -> None:
+    before = ("bar.sync \t0, 128;", "@%p1 ld.shared.b32 \t%r1, [global_smem+64];")
+    after = ("st.shared.v2.b32 \t[global_smem+64], {%r1, %r2};", "barrier.sync \t1;")
+    assert usage.unordered_captures("\n".join((*before, *between, *after))) is unordered
+    assert not usage.unordered_captures("\n".join(before)), "no partitions"
 
 
 def _listing(*lines: str) -> str:
