@@ -131,6 +131,16 @@ def _decode(backend: str, heads: int, layout: str = "v32_fp8", extra: str = "") 
         )
 
 
+def _decode_lengths(sequences: int) -> None:
+    """Lists of many lengths over a V4 cache, which the kernel's programs share out."""
+    cache = _cache("v4_fp8")
+    q = torch.randn(sequences, 1, 16, 512, device="cuda", dtype=torch.bfloat16)
+    shape = (sequences, 1, 200)
+    indices = torch.randint(-1, cache.num_slots, shape, device="cuda", dtype=torch.int32)
+    lengths = torch.randint(0, 201, (sequences,), device="cuda", dtype=torch.int32)
+    sparse_mla.decode(q, cache, indices, topk_length=lengths, backend="sm90")
+
+
 def _prefill(backend: str, heads: int) -> None:
     rows = torch.randn(512, 1, 576, device="cuda", dtype=torch.bfloat16)
     q = torch.randn(5, heads, 576, device="cuda", dtype=torch.bfloat16)
@@ -157,6 +167,9 @@ CASES: dict[str, Callable[[], None]] = {
     "decode-sm90-bf16-64": lambda: _decode("sm90", 64, "bf16"),
     "decode-sm90-v4_fp8-16": lambda: _decode("sm90", 16, "v4_fp8", "v4_fp8"),
     "decode-sm90-v4_fp8-64": lambda: _decode("sm90", 64, "v4_fp8", "v4_fp8"),
+    # On 132 multiprocessors: shared out evenly, and sorted.
+    "decode-sm90-v4_fp8-140-lengths": lambda: _decode_lengths(140),
+    "decode-sm90-v4_fp8-264-lengths": lambda: _decode_lengths(264),
     "decode-triton-16": lambda: _decode("triton", 16),
     "decode-triton-bf16-64": lambda: _decode("triton", 64, "bf16"),
     "decode-triton-v4_fp8-64": lambda: _decode("triton", 64, "v4_fp8", "v4_fp8"),
@@ -227,7 +240,7 @@ def main() -> int:
         results = list(pool.map(lambda job: sanitize(*job), jobs))
     for (tool, case), (ok, report) in zip(jobs, results, strict=True):
         first = report.splitlines()[0] if ok and tool == "racecheck" else ""
-        print(f"{tool:10} {case:24} {'ok' if ok else 'FAILED'}  {first}")
+        print(f"{tool:10} {case:30} {'ok' if ok else 'FAILED'}  {first}")
         if not ok:
             print(report)
     return 0 if all(ok for ok, _ in results) else 1

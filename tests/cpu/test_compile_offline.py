@@ -114,14 +114,29 @@ def test_lines_that_the_sanitizer_may_name_exist() -> None:
         assert set(explained) <= lines, file
 
 
-@pytest.mark.parametrize(
-    ("between", "unordered"), ((("mov.b32 %r3, 1;",), True), (("bar.sync \t0, 128;",), False))
-)
-def test_sums_that_captures_replace_are_found(between: tuple[str, ...], unordered: bool) -> None:
-    before = ("bar.sync \t0, 128;", "@%p1 ld.shared.b32 \t%r1, [global_smem+64];")
-    after = ("st.shared.v2.b32 \t[global_smem+64], {%r1, %r2};", "barrier.sync \t1;")
-    assert usage.unordered_captures("\n".join((*before, *between, *after))) is unordered
-    assert not usage.unordered_captures("\n".join(before)), "no partitions"
+SUMS = """
+    bra.uni $L_sums;
+$L_worker:
+    ld.shared.b32 %r9, [global_smem+8];
+    barrier.sync 1;
+    bra.uni $L_worker;
+$L_sums:
+    bar.sync 0, 128;
+    @%p1 ld.shared.b32 %r1, [global_smem+64];
+    @%p2 bra $L_sums;
+    bra.uni $L_start;
+$L_start:
+    st.shared.v2.b32 [global_smem+96], {0, 16843009};
+    st.shared.v2.b32 [global_smem+64], {%r1, %r2};
+    barrier.sync 1;
+"""
+
+
+def test_sums_that_captures_replace_are_found() -> None:
+    assert usage.unordered_captures(SUMS)
+    met = SUMS.replace("$L_start:", "$L_start:\n    bar.sync 0, 128;")
+    assert not usage.unordered_captures(met)
+    assert not usage.unordered_captures(SUMS.partition("$L_start:")[0]), "no partitions"
 
 
 def _listing(*lines: str) -> str:
