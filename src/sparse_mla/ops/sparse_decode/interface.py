@@ -15,11 +15,14 @@ from ...kv_layout import get_layout
 from ..checks import (
     check_backend,
     check_indices,
+    check_layout,
     check_main_cache,
     check_query,
     check_scale,
+    check_splits,
     check_vector,
 )
+from ..gradients import refuse_backward
 from .source import Source
 
 
@@ -71,8 +74,6 @@ def decode(
     check_vector("topk_length", topk_length, b, torch.int32, q)
     check_vector("attn_sink", attn_sink, heads, torch.float32, q)
     _check_extra(cache, extra_cache, extra_indices, extra_topk_length, q)
-    if num_splits is not None and not (type(num_splits) is int and num_splits >= 1):
-        raise ValueError(f"num_splits is {num_splits!r}, must be an integer >= 1")
     if not isinstance(batch_invariant, bool):
         raise ValueError(f"batch_invariant is {batch_invariant!r}, must be True or False")
     return torch.ops.sparse_mla.sparse_decode(
@@ -82,7 +83,7 @@ def decode(
         topk_length,
         attn_sink,
         check_scale(scale, d_qk),
-        num_splits or 0,
+        check_splits(num_splits),
         batch_invariant,
         check_backend("decode", backend),
         *_parts(extra_cache),
@@ -110,6 +111,7 @@ def _check_extra(
         raise ValueError(
             f"extra_cache is {type(extra_cache).__name__}, must be a sparse_mla.KVCache"
         )
+    check_layout("extra_cache", extra_cache)
     main, extra = cache.layout, extra_cache.layout
     if (extra.d_qk, extra.d_v) != (main.d_qk, main.d_v):
         raise ValueError(
@@ -207,3 +209,6 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = q.new_empty((*q.shape[:-1], get_layout(layout).d_v))
     return out, q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+refuse_backward(_sparse_decode, "sparse_mla.decode")

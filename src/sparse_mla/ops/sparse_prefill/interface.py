@@ -19,6 +19,7 @@ from ..checks import (
     check_scale,
     check_vector,
 )
+from ..gradients import refuse_backward
 
 _BF16_LAYOUTS = {576: "bf16", 512: "bf16_nope"}
 
@@ -140,3 +141,6 @@ def _(
     out = q.new_empty((*q.shape[:-1], get_layout(layout).d_v))
     rows = q.shape[:-1]
     return out, q.new_empty(rows, dtype=torch.float32), q.new_empty(rows, dtype=torch.float32)
+
+
+refuse_backward(_sparse_prefill, "sparse_mla.prefill")
