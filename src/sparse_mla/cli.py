@@ -175,6 +175,8 @@ def explain(
 
     try:
         extra = get_layout(extra_layout).name if extra_layout else ""
+        if extra and op != "decode":
+            raise ValueError(f"--extra-layout is {extra!r}, {op} takes no extra cache")
         name = get_layout(layout).name
         request = dispatch.Request(op, name, heads, tokens, topk, extra_layout=extra)
         machine = arches.parse(arch) if arch else arches.of(arches.default_device())

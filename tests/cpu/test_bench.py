@@ -368,6 +368,14 @@ def test_explain_refuses_in_one_line(option: str, value: str) -> None:
     assert "Traceback" not in done.output
 
 
+@pytest.mark.parametrize("op", ["prefill", "dense_decode", "kv_write"])
+def test_explain_of_an_extra_cache_where_there_is_none(op: str) -> None:
+    arguments = ["explain", "--op", op, "--layout", "v4_fp8", "--extra-layout", "v4_fp8"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert done.stderr == f"error: --extra-layout is 'v4_fp8', {op} takes no extra cache\n"
+
+
 def test_dense_decode_is_checked_against_the_slots_of_its_pages() -> None:
     workload = workloads.Workload("dense_decode", "bf16", 3, 2, 4, 100, 3 * 128)
     assert workload.label == "dense_decode bf16 b=3 s_q=2 h=4 s_k=100"
