@@ -244,6 +244,7 @@ def test_options(function: str, key: str, value: object) -> None:
         ("num_splits", 1.5),
         ("num_splits", True),
         ("num_splits", "2"),
+        ("num_splits", 1025),
         ("num_splits", 2**63),
         ("batch_invariant", None),
         ("batch_invariant", 1),

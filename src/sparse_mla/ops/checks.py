@@ -12,8 +12,8 @@ from ..kv_cache import KVCache
 from ..kv_layout import LAYOUTS
 
 MAX_HEADS = 128
-# Kernels count splits in int32.
-MAX_SPLITS = 2**31 - 1
+# Each split is a row of float32 partial results, and the merge holds all of a query's at once.
+MOST_SPLITS = 1024
 
 
 def check_main_cache(name: str, cache: KVCache) -> None:
@@ -116,8 +116,8 @@ def check_splits(num_splits: int | None) -> int:
     """The number of splits as the custom ops take it: 0 asks for the backend's choice."""
     if num_splits is None:
         return 0
-    if type(num_splits) is not int or not 1 <= num_splits <= MAX_SPLITS:
-        raise ValueError(f"num_splits is {num_splits!r}, must be an int from 1 to {MAX_SPLITS}")
+    if type(num_splits) is not int or not 1 <= num_splits <= MOST_SPLITS:
+        raise ValueError(f"num_splits is {num_splits!r}, must be an int from 1 to {MOST_SPLITS}")
     return num_splits
 
 
