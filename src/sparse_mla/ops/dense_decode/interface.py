@@ -46,8 +46,8 @@ def dense_decode(
             in the cache. At most max_pages * page_size count; less than 0 is 0.
         scale: logits are scale * <q, k>; default d_qk ** -0.5.
         causal: query i of s_q sees the first cache_seqlens - s_q + i + 1 tokens instead of all.
-        num_splits: pieces that each sequence is cut into, merged afterwards; default: all tokens
-            of the batch are shared out evenly.
+        num_splits: pieces that each sequence is cut into at most, 1 to 1024 (on Hopper no more
+            than 64), merged afterwards; default: all tokens of the batch are shared out evenly.
         batch_invariant: a row's bits do not depend on what else is in the batch.
         backend: "sm90", "triton" or "cpu"; default the first that supports the call.
 
@@ -57,7 +57,7 @@ def dense_decode(
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is not allowed.
-        NotImplementedError: no backend supports the call.
+        NotImplementedError: no backend, or not the named one, supports the call.
     """
     check_main_cache("cache", cache)
     check_query(q, ("b", "s_q", "h_q", "d_qk"), cache)

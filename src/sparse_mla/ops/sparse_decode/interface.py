@@ -1,8 +1,10 @@
 """Sparse decode: every query token attends to its own list of cache slots.
 
-Reading path: `decode` (this file) checks and dispatches; backends.py says who can run; cpu.py and
-triton.py compute over a list of `Source`s; config.py holds the Triton launch choices.
-docs/semantics.md is the contract.
+Reading path: `decode` (this file) checks and dispatches; backends.py says who can run; cpu.py,
+triton.py and sm90.py compute over a list of `Source`s. config.py holds the portable kernels' launch
+choices; sm90.py says which of Hopper's launchers takes a call (sm90_fp8.py, sm90_expand.py, or
+prefill's over bf16 rows), and each has its kernels in files of its name. docs/semantics.md is the
+contract.
 """
 
 from __future__ import annotations
@@ -56,8 +58,10 @@ def decode(
         extra_indices: [b, s_q, extra_topk] int32 slots of `extra_cache`, needed with it.
         extra_topk_length: [b] int32, as `topk_length` for `extra_indices`.
         batch_invariant: a row's bits do not depend on what else is in the batch.
-        num_splits: pieces that each list is cut into, merged afterwards; default chosen by shape.
-        backend: "triton" or "cpu"; default the first that supports the call (see `explain`).
+        num_splits: pieces that each list is cut into at most, 1 to 1024, merged afterwards; default
+            chosen by shape.
+        backend: "sm90", "triton" or "cpu"; default the first that supports the call (see
+            `sparse-mla explain`).
 
     Returns:
         out [b, s_q, h_q, d_v] bf16 and lse [b, s_q, h_q] float32, the natural log of the sum of
