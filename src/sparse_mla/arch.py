@@ -88,12 +88,23 @@ def _cpu() -> Arch:
 
 def of(device: torch.device | str) -> Arch:
     """The facts about a device of this machine; ValueError for device types without a backend."""
-    device = torch.device(device)
+    device = parse_device(device)
     if device.type == "cuda":
         return _cuda(torch.cuda.current_device() if device.index is None else device.index)
     if device.type == "cpu":
         return _cpu()
     raise ValueError(f"device is {device}, allowed: cpu, cuda")
+
+
+def parse_device(device: torch.device | str) -> torch.device:
+    """The device of that name; ValueError where it is none, or a GPU that torch does not see."""
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {device!r}, allowed: cpu, cuda, cuda:0, ...") from error
+    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {device!r}, torch sees {torch.cuda.device_count()} GPUs here")
+    return parsed
 
 
 def default_device() -> torch.device:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 import typer
+
+MOST_IDEAL = 100.0
+"""The largest budget that may be asked for: what is beyond it would pass anything."""
+MOST_SECONDS = 86400.0
 
 
 def usage_error(message: object) -> NoReturn:
@@ -32,6 +38,28 @@ def writable(path: Path | None, option: str) -> None:
         problem = errno.EACCES
     if problem:
         usage_error(f"{option} {path}: {os.strerror(problem)}")
+
+
+def writable_folder(path: Path | None, option: str) -> None:
+    """The same for a folder, which is made if it is not there."""
+    if path is None:
+        return
+    there = path
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        usage_error(f"{option} {path}: {os.strerror(errno.ENOTDIR)}")
+    if not os.access(there, os.W_OK):
+        usage_error(f"{option} {path}: {os.strerror(errno.EACCES)}")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A file that cannot be written after all, as on a full disk: one line, exit status 2."""
+    try:
+        yield
+    except OSError as error:
+        usage_error(f"{path}: {error.strerror}")
 
 
 def device_named(name: str | None):  # type: ignore[no-untyped-def]  # torch is imported lazily

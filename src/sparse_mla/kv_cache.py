@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
+from .arch import parse_device
 from .kv_layout import KVLayout, get_layout
 
 
-@dataclass(frozen=True)
+# Caches are compared by identity, and shown without their bytes, which may lie on a GPU.
+@dataclass(frozen=True, eq=False, repr=False)
 class KVCache:
     """Pages of one layer's KV cache.
 
@@ -39,6 +41,10 @@ class KVCache:
             raise ValueError(f"pages is {describe(pages)}, must be [num_pages, page bytes] uint8")
         if pages.shape[1] > 1 and pages.stride(1) != 1:
             raise ValueError(f"pages has strides {pages.stride()}, the last dim must be contiguous")
+        if not isinstance(self.layout, KVLayout):
+            raise ValueError(
+                f"layout is {self.layout!r}, must be a KVLayout, as in sparse_mla.LAYOUTS"
+            )
         _check_count("page_size", self.page_size, 1)
         _check_count("token_stride", self.token_stride, self.layout.row_bytes)
         if self.layout.planar and self.token_stride != self.layout.row_bytes:
@@ -55,6 +61,12 @@ class KVCache:
                 f"{self.layout.name} span {need}"
             )
 
+    def __repr__(self) -> str:
+        return (
+            f"KVCache({self.num_pages} pages of {self.page_size} tokens, {self.layout.name}, "
+            f"{self.device})"
+        )
+
     @classmethod
     def empty(
         cls,
@@ -69,10 +81,15 @@ class KVCache:
         """A cache of `pages` uninitialised pages.
 
         Args:
-            tensor_scale: [1] float32 on the device where the layout has a scale of the whole
-                tensor.
+            layout: the layout's name.
+            device: where the pages are; default torch's default device.
             page_stride: bytes from one page to the next, a multiple of 16, so that rows of a
                 16-byte layout stay aligned; default the packed size, rounded up.
+            tensor_scale: [1] float32 on the device where the layout has a scale of the whole
+                tensor.
+
+        Raises:
+            ValueError: an argument's value is not allowed, or torch has no such device.
         """
         layout = get_layout(layout)
         _check_count("pages", pages, 0)
@@ -84,6 +101,8 @@ class KVCache:
                 f"page_stride is {stride}, must be a multiple of 16 and >= {packed}, the packed "
                 f"size of {page_size} tokens in {layout.name}"
             )
+        if device is not None:
+            device = parse_device(device)
         storage = torch.empty(pages, stride, dtype=torch.uint8, device=device)
         return cls(storage[:, :packed], page_size, layout, layout.row_bytes, tensor_scale)
 
@@ -111,10 +130,11 @@ class KVCache:
         """
         layout = get_layout(layout)
         raw = _as_bytes(tensor, layout)
+        if page_size is not None:
+            _check_count("page_size", page_size, 1)
         if raw.dim() == 2:
             if page_size is None:
                 raise ValueError("page_size is None, a 2-D cache tensor needs one")
-            _check_count("page_size", page_size, 1)
             # Without the padding to `page_multiple`: the stride says where the next page is.
             need = page_size * layout.bytes_per_token
             if raw.shape[1] < need:
@@ -251,10 +271,14 @@ class KVCache:
         )
 
     def read(self, slots: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        """Logical rows [n, d_qk] of the given slots [n], dequantised in `dtype`.
+        """Logical rows [n, d_qk] of the given slots [n] int32 or int64, dequantised in `dtype`.
 
-        float64 is exact. ValueError if a slot lies outside [0, num_slots).
+        float64 is exact. ValueError if a slot lies outside [0, num_slots), or if `dtype` is not
+        one of float64, float32, bfloat16 and float16.
         """
+        if dtype not in _READ_DTYPES:
+            allowed = ", ".join(str(d) for d in _READ_DTYPES)
+            raise ValueError(f"dtype is {dtype}, allowed: {allowed}")
         check_slots_tensor(slots, self.device)
         slots = slots.to(torch.int64)
         bad = (slots < 0) | (slots >= self.num_slots)
@@ -264,6 +288,9 @@ class KVCache:
         rows = self.rows_view()[page, offset]
         footers = self.footers_view()[page, offset]
         return self.layout.unpack(rows, footers, dtype, self.tensor_scale)
+
+
+_READ_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def describe(value: object) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from drawn import scale_of
-from sparse_mla import KVCache, decode, prefill
+from sparse_mla import KVCache, decode, dispatch, prefill
 from sparse_mla.compat import flash_mla
 from sparse_mla.kv_layout import LAYOUTS
 
@@ -222,6 +224,9 @@ def test_device(function: str, key: str) -> None:
         ("scale", float("inf")),
         ("scale", "1"),
         ("scale", torch.tensor(1.0)),
+        ("scale", True),  # causal=True, one place too early
+        ("scale", 1e39),  # infinite in float32
+        pytest.param("scale", 10**400, id="10**400"),
         ("backend", "cuda"),
         ("backend", ""),
         ("backend", 3),
@@ -239,6 +244,8 @@ def test_options(function: str, key: str, value: object) -> None:
         ("num_splits", 1.5),
         ("num_splits", True),
         ("num_splits", "2"),
+        ("num_splits", 1025),
+        ("num_splits", 2**63),
         ("batch_invariant", None),
         ("batch_invariant", 1),
     ],
@@ -304,10 +311,57 @@ def test_layouts_of_extra_caches_only(layout: str) -> None:
     refused("prefill", call, "kv", layout, "extra cache")
 
 
-@pytest.mark.parametrize("name", ["extra_indices_in_kvcache", "extra_topk_length"])
-def test_flash_mla_extra_arguments_without_a_cache(name: str) -> None:
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    ["extra_indices_in_kvcache", "extra_topk_length", "extra_kv_format", "extra_kv_scale"],
+)
+def test_flash_mla_extra_arguments_without_a_cache(name: str, sparse: bool) -> None:
+    """None of them may be ignored."""
     call = {**good_flash_decode(), name: torch.zeros(B, S_Q, 9, dtype=I32)}
-    refused("flash_mla_with_kvcache", call, "extra_cache|extra_k_cache")
+    if not sparse:
+        call |= {"indices": None, "topk_length": None, "attn_sink": None}
+    refused("flash_mla_with_kvcache", call, name, "indices is None" if not sparse else "None")
+
+
+def test_a_layout_of_the_callers_own() -> None:
+    """The ops look layouts up by name: one of a known name with other fields was read as that."""
+    for change in ({"tile": 64}, {"name": "mine"}):
+        layout = replace(LAYOUTS["v32_fp8"], **change)  # type: ignore[arg-type]
+        cache = KVCache(torch.zeros(PAGES, PAGE_SIZE * 656, dtype=U8), PAGE_SIZE, layout, 656)
+        for call in (
+            lambda cache=cache: decode(**{**good_decode(), "cache": cache}),
+            lambda cache=cache: decode(
+                **good_decode(), extra_cache=cache, extra_indices=good_decode()["indices"]
+            ),
+            lambda cache=cache: prefill(**{**good_prefill(), "kv": cache}),
+        ):
+            with pytest.raises(NotImplementedError, match=layout.name):
+                call()
+
+
+def test_an_equal_layout_is_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache may have come from another process."""
+    monkeypatch.undo()
+    cache = good_decode()["cache"]
+    same = KVCache(cache.pages, PAGE_SIZE, copy.deepcopy(cache.layout), 656)
+    assert same.layout is not cache.layout
+    decode(**{**good_decode(), "cache": same})
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_queries_that_want_a_gradient(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward pass runs, the backward pass says that there is none."""
+    monkeypatch.undo()
+    run, make = FUNCTIONS[function]
+    call = make()
+    want = run(**call)
+    call["q"].requires_grad_()
+    got = run(**call)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    name = "prefill" if "kv" in call else "decode"
+    with pytest.raises(NotImplementedError, match=rf"sparse_mla\.{name} has no backward pass"):
+        got[0].float().sum().backward()
 
 
 @pytest.mark.parametrize("backend", ["sm90", "triton"])
@@ -323,6 +377,9 @@ def test_a_backend_without_the_layout_says_so(backend: str) -> None:
     [
         ("head_dim_v", 576),
         ("head_dim_v", None),
+        ("head_dim_v", torch.zeros(2)),
+        ("is_fp8_kvcache", None),
+        ("causal", torch.ones(2)),
         ("num_splits", torch.zeros(3)),
         ("num_splits", 4),
         ("causal", True),
@@ -426,12 +483,40 @@ def test_kv_cache_from_tensor(
         ((torch.zeros(2, 656, dtype=U8), 2, *_v32()), "pages has 656 bytes a page.*span 1312"),
         ((torch.zeros(2, 656, dtype=U8), 0, *_v32()), "page_size is 0"),
         ((torch.zeros(2, 656, dtype=U8), 1, _v32()[0], 655), "token_stride is 655"),
+        ((torch.zeros(2, 656, dtype=U8), 1, "v32_fp8", 656), "layout is 'v32_fp8', must be a KV"),
+        ((torch.zeros(2, 656, dtype=U8), 1, None, 656), "layout is None"),
     ],
 )
 def test_kv_cache_itself(arguments: tuple[Any, ...], message: str) -> None:
     """The constructor too: a kernel would read past the end of such pages."""
     with pytest.raises(ValueError, match=message):
         KVCache(*arguments)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", 3.5])
+def test_a_device_that_is_not_there(device: Any) -> None:
+    with pytest.raises(ValueError, match=f"device is {device!r}"):
+        KVCache.empty(2, 4, device=device)
+    with pytest.raises(ValueError, match=f"device is {device!r}"):
+        dispatch.available_backends(device)
+
+
+def test_a_cache_shows_what_it_is_not_its_bytes() -> None:
+    cache = KVCache.empty(2, 4)
+    assert repr(cache) == "KVCache(2 pages of 4 tokens, v32_fp8, cpu)"
+    assert cache == cache and cache != KVCache.empty(2, 4)
+
+
+@pytest.mark.parametrize("page_size", ["16", 16.0, True])
+def test_page_size_beside_a_shape_that_says_it(page_size: Any) -> None:
+    with pytest.raises(ValueError, match=f"page_size is {page_size!r}, must be an integer"):
+        KVCache.from_tensor(torch.zeros(2, 16, 656, dtype=U8), "v32_fp8", page_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn, None])
+def test_read_as_no_float(dtype: Any) -> None:
+    with pytest.raises(ValueError, match=f"dtype is {dtype}, allowed: torch.float64"):
+        KVCache.empty(2, 4).read(torch.tensor([0]), dtype)
 
 
 def good_append() -> dict[str, Any]:

@@ -312,7 +312,7 @@ def test_bench_command(tmp_path: Path) -> None:
     assert rows.read(filed) == rows.read(path)
     assert filed.parent.name.startswith("cpu-")
     refused = CliRunner().invoke(app, [*common, "--backend", "sm90", "--no-peers"])
-    assert refused.exit_code == 0, refused.output
+    assert refused.exit_code == 1, refused.output
     assert "refused: sparse_mla:sm90" in refused.output
     listed = CliRunner().invoke(app, ["bench", "--device", "cpu", "--list"])
     assert listed.output.splitlines() == [SMALL.label]
@@ -368,6 +368,14 @@ def test_explain_refuses_in_one_line(option: str, value: str) -> None:
     assert "Traceback" not in done.output
 
 
+@pytest.mark.parametrize("op", ["prefill", "dense_decode", "kv_write"])
+def test_explain_of_an_extra_cache_where_there_is_none(op: str) -> None:
+    arguments = ["explain", "--op", op, "--layout", "v4_fp8", "--extra-layout", "v4_fp8"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert done.stderr == f"error: --extra-layout is 'v4_fp8', {op} takes no extra cache\n"
+
+
 def test_dense_decode_is_checked_against_the_slots_of_its_pages() -> None:
     workload = workloads.Workload("dense_decode", "bf16", 3, 2, 4, 100, 3 * 128)
     assert workload.label == "dense_decode bf16 b=3 s_q=2 h=4 s_k=100"
@@ -394,3 +402,19 @@ def test_an_extra_cache_with_its_lists_and_sinks(lengths: bool) -> None:
     assert oracle.check("sparse_mla:cpu", (out, lse)).rel_l2 < 2e-3
     with pytest.raises(run.WrongAnswer):
         oracle.check("sparse_mla:cpu", (out * 2, lse))
+
+
+@pytest.mark.usefixtures("small")
+def test_peers_alone_are_not_success() -> None:
+    result = CliRunner().invoke(app, ["bench", "--backend", "sm90", "--device", "cpu"])
+    assert result.exit_code == 1, result.output
+    assert "refused" in result.stdout and "torch:gather_einsum" not in result.stdout
+
+
+def test_a_results_folder_that_is_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.touch()
+    for place in (file, file / "below"):
+        result = CliRunner().invoke(app, ["bench", "--device", "cpu", "--results", str(place)])
+        assert result.exit_code == 2 and result.stdout == ""
+        assert result.stderr == f"error: --results {place}: Not a directory\n"

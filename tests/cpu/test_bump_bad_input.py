@@ -191,6 +191,9 @@ def changed(old: str, new: str):  # type: ignore[no-untyped-def]
         (changed('kind = "cmake"', 'kind = "exec"'), "kind of pin is 'exec'"),
         (changed("[provider.certificate]", "[provider.nothing]"), "lacks or garbles"),
         (changed("seed = 0", 'seed = "x"'), "provider 1"),
+        (changed("limit = 1.7", "limit = inf"), "limit is inf, must be from 1 to 100"),
+        (changed("limit = 1.7", "limit = nan"), "limit is nan"),
+        (changed("limit = 1.7", "limit = 0.5"), "limit is 0.5"),
         (changed('"case:decode/scales/amax"', '"everything"'), "cases is 'everything'"),
         (changed('name = "toy_mla"', "name = 3"), "must be text"),
         (lambda text: "schema = 1\n", "locks no provider"),
@@ -209,6 +212,15 @@ def test_bump_and_lock_leave_a_foreign_lock_alone(tree: Path, story: Story) -> N
     refused(bump(tree, story.last), "has schema 9", tree)
     refused(["lock", f"toy_mla@{story.path}", "--lock", tree / "kernels.lock", "--cmake",
              tree / "deps.cmake", *CASE], "has schema 9", tree)  # fmt: skip
+
+
+def test_verify_of_pins_where_none_is_locked(tree: Path, story: Story) -> None:
+    """Nothing that was compared is nothing that agrees."""
+    lock = tree / "kernels.lock"
+    text = lock_text(story)
+    start, end = text.index("[[provider.pin]]"), text.index("[provider.certificate]")
+    lock.write_text(text[:start] + text[end:])
+    refused(["verify", "--lock", lock, "--pins-only"], "holds no pin of a build", tree)
 
 
 def test_verify_without_a_lock(tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ RISKS = {
             {"op": "decode", "layout": "bf16", "ok": False, "reason": "FP8 only"}]}), None, (),
     ),
     "not_run": lambda: (comparison(row("passed"), row("not_run", side="candidate")), None, ()),
+    "selection": lambda: (chosen(3, 291), None, ()),
     "architecture": lambda: (
         comparison(candidate={**side(), "architectures": ["sm_90", "sm_100"]}), None, ()),
     "inside_budget": lambda: (
@@ -142,6 +143,12 @@ def changes(**more: Any) -> Changes:
     return Changes(**{**known, **more})  # type: ignore[arg-type]
 
 
+def chosen(cases: int, catalogue: int) -> Comparison:
+    made = comparison()
+    made.about.update(cases=cases, catalogue=catalogue)
+    return made
+
+
 def grown_lse() -> dict[str, Any]:
     made = row("passed", side="candidate")
     made["metrics"]["lse_err"] = 5e-6
@@ -170,7 +177,8 @@ def test_each_risk_is_found_and_has_a_sentence(kind: str) -> None:
 
 
 def test_a_clean_comparison_has_no_risk_but_that_speed_is_unmeasured() -> None:
-    assert [risk.kind for risk in find_risks(comparison(), changes(), ())] == ["speed_unmeasured"]
+    for made in (comparison(), chosen(291, 291)):
+        assert [risk.kind for risk in find_risks(made, changes(), ())] == ["speed_unmeasured"]
 
 
 def test_a_saved_comparison_is_drawn_again(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import sparse_mla
+from sparse_mla.accuracy.cases import CASES
 from sparse_mla.cli import app
 
 runner = CliRunner()
@@ -101,6 +102,44 @@ def test_usage_errors_are_one_line_on_stderr(arguments: list[str], message: str)
     assert result.exit_code == 2
     assert message in result.stderr and len(result.stderr.splitlines()) == 1
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("limit", ["inf", "nan", "0.5", "1e9"])
+def test_a_limit_that_passes_anything_is_refused(limit: str) -> None:
+    result = runner.invoke(app, ["check", "--case", "decode/topk/1", "--limit", limit])
+    assert result.exit_code == 2, result.output
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("option", ["--json", "--html"])
+def test_a_full_disk_is_no_verdict(option: str) -> None:
+    """Status 1 would say that a case failed; the results are shown all the same."""
+    result = runner.invoke(app, [*SMALL, "--case", "decode/topk/1", option, "/dev/full"])
+    assert result.exit_code == 2, result.output
+    assert result.stderr == "error: /dev/full: No space left on device\n"
+    assert "0 failed" in result.stdout
+
+
+def test_results_say_how_much_of_the_catalogue_they_are(tmp_path: Path) -> None:
+    for name in ("a.json", "b.json"):
+        more = ["--random", "2"] if name == "b.json" else []
+        arguments = [*SMALL, "--case", "decode/topk/1", "--json", str(tmp_path / name), *more]
+        assert runner.invoke(app, arguments).exit_code == 0
+        about = json.loads((tmp_path / name).read_text())["about"]
+        assert 0 < about["cases"] < about["catalogue"] == len(CASES)
+
+
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_no_terminal_is_so_narrow_that_a_verdict_is_cut(
+    columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", columns)
+    cases = ["--case", "decode/layout/v41_fp8_planar", "--backend", "cpu"]
+    result = runner.invoke(app, ["check", *cases])
+    passed = int(result.stdout.splitlines()[-1].split()[0])
+    assert passed > 1 and result.stdout.count(" passed") == passed + 1
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_engines_names_find_ours_without_their_packages() -> None:
     assert flash_mla_sparse_fwd is flash_mla.flash_mla_sparse_fwd
     assert get_mla_metadata is flash_mla.get_mla_metadata
     assert is_flashmla_sparse_supported() == (True, None)
-    assert is_flashmla_dense_supported()[0] in (True, False)
+    assert is_flashmla_dense_supported() == (True, None)
     for function in (flash_mla_with_kvcache_fp8, get_mla_metadata_dense_fp8):
         with pytest.raises(NotImplementedError, match=function.__name__):
             function()
@@ -94,12 +94,18 @@ def test_engines_names_find_ours_without_their_packages() -> None:
     assert torch.equal(old[0], new[0]) and torch.equal(old[1], new[1])
     with pytest.raises(NotImplementedError, match="FP8 queries"):
         flash_mla_with_kvcache(*arguments, descale_q=torch.ones(1), **options)
+    # SGLang allocates num_splits itself, and has two arguments before is_fp8_kvcache.
+    splits = (*arguments[:-1], torch.zeros(4, dtype=torch.int32))
+    by_position = flash_mla_with_kvcache(*splits, None, False, None, None, True, call.indices)
+    assert torch.equal(by_position[0], new[0]) and torch.equal(by_position[1], new[1])
     assert "sgl_kernel" not in sys.modules and "vllm" not in sys.modules
 
 
 def test_some_names_only_and_twice() -> None:
     flash_mla.install(installer.FLASH_MLA)
     assert names_there() == set(installer.FLASH_MLA)
+    flash_mla.install("sgl_kernel.flash_mla")
+    assert names_there() == {*installer.FLASH_MLA, "sgl_kernel.flash_mla"}
     first = sys.modules["flash_mla"]
     flash_mla.install()
     assert sys.modules["flash_mla"] is first

@@ -221,8 +221,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("scale", float("nan"), "scale is nan, must be a finite number"),
     ("causal", 1, "causal is 1, must be True or False"),
     ("batch_invariant", None, "batch_invariant is None, must be True or False"),
-    ("num_splits", 0, "num_splits is 0, must be an integer >= 1"),
-    ("num_splits", True, "num_splits is True, must be an integer >= 1"),
+    ("num_splits", 0, "num_splits is 0, must be an int from 1"),
+    ("num_splits", True, "num_splits is True, must be an int from 1"),
     ("backend", "fast", "backend is 'fast', dense_decode has: cpu, sm90, triton"),
 ]
 

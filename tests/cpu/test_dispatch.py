@@ -159,8 +159,20 @@ def test_a_layout_without_a_kernel(machine: Arch) -> None:
 
 def test_a_layout_of_extra_caches_only_stands_beside_another() -> None:
     for name, layout in LAYOUTS.items():
-        assert answer("cpu", replace(REQUEST, layout=name), CPU)[0] != layout.extra_only
-        assert answer("cpu", replace(REQUEST, extra_layout=name), CPU)[0]
+        for op in ("decode", "prefill", "dense_decode"):
+            request = replace(REQUEST, op=op, layout=name)
+            assert answer("cpu", request, CPU)[0] != layout.extra_only
+        main = "v32_fp8" if layout.d_qk == 576 else "v4_fp8"
+        assert answer("cpu", replace(REQUEST, layout=main, extra_layout=name), CPU)[0]
+
+
+def test_caches_side_by_side_are_equally_wide() -> None:
+    """As the interface demands it; `explain` must not promise more."""
+    for layout, extra in (("v4_fp8", "v32_fp8"), ("bf16", "bf16_nope")):
+        request = replace(REQUEST, layout=layout, extra_layout=extra)
+        for backend, machine in (("cpu", CPU), ("triton", H200), ("sm90", H200)):
+            assert not answer(backend, request, machine)[0]
+        assert "d_qk" in answer("cpu", request, CPU)[1]
 
 
 def test_launches_by_machine_and_rows() -> None:
@@ -199,9 +211,10 @@ def test_pages_by_multiplication(page_size: int) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
 def test_triton_reads_every_layout(layout: KVLayout) -> None:
-    """Alone, and every one beside it; the extra cache's own layouts only there."""
+    """Alone, and every one as wide beside it; the extra cache's own layouts only there."""
     alone = replace(REQUEST, layout=layout.name)
-    for asked in (alone, *(replace(alone, extra_layout=name) for name in LAYOUTS)):
+    beside_it = [name for name, other in LAYOUTS.items() if other.d_qk == layout.d_qk]
+    for asked in (alone, *(replace(alone, extra_layout=name) for name in beside_it)):
         ok, reason = answer("triton", asked, H200)
         assert ok != layout.extra_only and reason
     beside = replace(alone, extra_layout="v5_fp8")

@@ -53,6 +53,22 @@ def test_lengths_and_splits(splits: int | None, causal: bool) -> None:
     check(call, num_splits=splits)
 
 
+def test_more_splits_than_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only as many are made as a sequence can have."""
+    made: list[tuple[int, ...]] = []
+    empty = torch.empty
+
+    def seen(*size: Any, **more: Any) -> torch.Tensor:
+        made.append(size)
+        return empty(*size, **more)
+
+    monkeypatch.setattr(torch, "empty", seen)
+    call = dense_call(lengths=(0, 65, 100), heads=2)
+    check(call, num_splits=64)
+    (part,) = [size for size in made if len(size) == 3 and size[-1] == 512]
+    assert part[0] * config.HEADS_16.block_t == call.block_table.shape[1] * 64
+
+
 @pytest.mark.parametrize("page_size", [1, 2, 53, 64, 256])
 @pytest.mark.parametrize("padding", [0, 176])
 def test_page_sizes(page_size: int, padding: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .case import Case, Implementation, Raised
+from .case import Case, Implementation, NotOffered, Raised
 from .gate import (
     BAD,
     CRASHED,
@@ -48,7 +48,8 @@ class Report:
     """A finished run, as it is printed, saved and drawn.
 
     Attributes:
-        about: facts of the run: machine, versions, date, seed, limit, implementations.
+        about: facts of the run: machine, versions, cases of the catalogue that were chosen and how
+            many there are, date, seed, limit, implementations.
         results: one dict per trial, `CaseResult.as_json`.
         diagnoses: per implementation that failed: "implementation", "fault" (or null), "text".
     """
@@ -185,7 +186,8 @@ def make_provider(
         return load(name)
     except Exception as error:  # importing foreign code can raise anything
         reason = " ".join(str(error).split())
-        kind = "" if isinstance(error, (ValueError, Raised)) else f"{type(error).__name__}: "
+        told = isinstance(error, (ValueError, Raised, NotOffered))
+        kind = "" if told else f"{type(error).__name__}: "
         raise ValueError(f"provider {spec!r} cannot be used: {kind}{reason}") from error
 
 
@@ -227,8 +229,13 @@ def run_check(
     on_result: Callable[[dict[str, Any]], None] | None = None,
 ) -> Report:
     """Run the gate and keep what a report needs; `on_result` is called after each trial."""
+    from .cases import CASES
+
+    catalogue = {case.name for case in CASES}
     about: dict[str, Any] = {
         **machine(device),
+        "cases": sum(case.name in catalogue for case in cases),
+        "catalogue": len(catalogue),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seed": seed,
         "limit": limit,

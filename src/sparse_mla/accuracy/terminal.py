@@ -18,6 +18,9 @@ from .gate import BAD, PASSED
 PLAIN_WIDTH = 140
 """Columns of the table where there is no terminal to ask."""
 
+LEAST_WIDTH = 80
+"""Columns below which a terminal is left to wrap the lines: a narrower table would lose cells."""
+
 RANDOM = "random/"
 _COLOURS = {
     "passed": "green",
@@ -34,9 +37,11 @@ class Step(Protocol):
 
 
 def console() -> Console:
-    """Standard output; as wide as the table needs where that is not a terminal."""
+    """Standard output; as wide as the table needs where that is not a terminal or a narrow one."""
     plain = Console()
-    return plain if plain.is_terminal else Console(width=PLAIN_WIDTH)
+    if not plain.is_terminal:
+        return Console(width=PLAIN_WIDTH)
+    return plain if plain.width >= LEAST_WIDTH else Console(width=LEAST_WIDTH)
 
 
 @contextmanager
@@ -69,9 +74,10 @@ def results_table(report: Report) -> Table:
     """One line per trial; random cases only where they did not pass."""
     several = len(report.about.get("implementations", [])) > 1
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("case", no_wrap=True)
+    # Names are folded where there is no room for them, so that no verdict is cut off.
+    table.add_column("case", overflow="fold")
     if several:
-        table.add_column("implementation", no_wrap=True)
+        table.add_column("implementation", overflow="fold")
     for name in ("error / ideal", "budget", "gain", "lse err"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)

@@ -9,16 +9,21 @@ from typing import Annotated, Any
 
 import typer
 
-from ..cli_common import device_named, usage_error, writable
+from ..cli_common import MOST_IDEAL, MOST_SECONDS, device_named, usage_error, writable
 
 Case = Annotated[
     str | None, typer.Option(help="Only cases: how a part of the name begins, or a pattern (*, ?).")
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="Only the short set of cases.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of all inputs.")]
-Limit = Annotated[float, typer.Option(min=1.0, help="Case budget in multiples of ideal rounding.")]
+Limit = Annotated[
+    float,
+    typer.Option(min=1.0, max=MOST_IDEAL, help="Case budget in multiples of ideal rounding."),
+]
 Device = Annotated[str | None, typer.Option(help="Default: cuda if there is one.")]
-TimeLimit = Annotated[float, typer.Option(min=1.0, help="Seconds for one call of a provider.")]
+TimeLimit = Annotated[
+    float, typer.Option(min=1.0, max=MOST_SECONDS, help="Seconds for one call of a provider.")
+]
 Lock = Annotated[Path, typer.Option(help="The lock file.")]
 Checkout = Annotated[Path | None, typer.Option(help="A local clone of the provider's sources.")]
 Report = Annotated[

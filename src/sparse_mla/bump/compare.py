@@ -41,6 +41,8 @@ from .paired import Paired, compare_pairs
 FORMAT = "sparse_mla.compare/1"
 BETTER, SAME, WORSE, NOT_COMPARABLE = "better", "same", "worse", "not comparable"
 BASE, CANDIDATE = "base", "candidate"
+SAID = ("date", "cases", "catalogue", "seed", "limit", "python")
+"""What a comparison keeps of the check's own facts."""
 
 MARGIN = 1.05
 ALPHA = 0.001
@@ -94,7 +96,7 @@ class Comparison:
     """What `sparse-mla compare` found.
 
     Attributes:
-        about: machine, date, seed, limit and the sides' descriptions.
+        about: machine, date, cases, seed, limit and the sides' descriptions.
         diagnoses: per side, "fault" (or None) and "text"; a side that passed has none.
         speed: rows of `speed.compare_speed`, empty where nothing was timed.
         remains: what is left of the candidate's error and what would remove it (`remains.py`).
@@ -303,7 +305,7 @@ def run_comparison(
         [base, candidate], cases, seed=seed, device=device, limit=limit, on_result=on_result
     )
     name_faults(report, (base, candidate), cases, seed, device)
-    kept = {key: report.about[key] for key in ("date", "seed", "limit", "python")}
+    kept = {key: report.about[key] for key in SAID if key in report.about}
     architecture = machine_word(arch.of(device))
     return judge_report(
         {**machine_facts(device), **kept, "architecture": architecture, "sides": sides},

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+from ..cli_common import MOST_IDEAL
 from .certificate import STATUSES, Certificate, OpResult
 from .git import require_full_hash, require_url
 from .pins import KINDS
@@ -139,7 +140,7 @@ def _entry(table: dict[str, Any]) -> Entry:
         catalogue=_text(proof["catalogue"]),
         cases=_text(proof["cases"]),
         seed=int(proof["seed"]),
-        limit=float(proof["limit"]),
+        limit=_limit(proof["limit"]),
         machine={_text(key): _text(value) for key, value in proof["machine"].items()},
         ops=ops,
         accepted=_text(proof.get("accepted", "")),
@@ -150,6 +151,14 @@ def _entry(table: dict[str, Any]) -> Entry:
         for pin in table.get("pin", [])
     )
     return Entry(_text(table["name"]), source, pins, certificate)
+
+
+def _limit(value: Any) -> float:
+    limit = float(value)
+    # With nothing above it every kernel would agree with the lock.
+    if not 1.0 <= limit <= MOST_IDEAL:
+        raise ValueError(f"limit is {limit}, must be from 1 to {MOST_IDEAL:g}")
+    return limit
 
 
 def _text(value: Any) -> str:

@@ -21,6 +21,7 @@ from .changes import Changes, Commit, read_changes
 from .compare import (
     BETTER,
     NOT_COMPARABLE,
+    SAID,
     SAME,
     WORSE,
     CaseVerdict,
@@ -249,7 +250,7 @@ class View:
     @property
     def machine(self) -> list[tuple[str, str]]:
         about = self.comparison.about
-        kept = ("device", "driver", "torch", "triton", "python", "date", "seed", "limit")
+        kept = ("device", "driver", "torch", "triton", *SAID)
         return [(key, str(about[key])) for key in kept if key in about]
 
     @property

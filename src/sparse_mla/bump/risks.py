@@ -52,6 +52,9 @@ def _answers(comparison: Comparison) -> list[Risk]:
 
 def _coverage(comparison: Comparison) -> list[Risk]:
     found = []
+    chosen, catalogue = (comparison.about.get(key) for key in ("cases", "catalogue"))
+    if chosen is not None and catalogue is not None and chosen < catalogue:
+        found.append(Risk("selection", True, {"n": chosen, "catalogue": catalogue}))
     lost = [case for case in comparison.cases if case.kind == "lost"]
     if lost:
         found.append(Risk("lost", True, {"n": len(lost), "cases": _names(lost)}))

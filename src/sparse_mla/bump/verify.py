@@ -179,7 +179,8 @@ def verify(
         specs: where to find a provider: name -> NAME@PATH; by default NAME in this environment.
 
     Raises:
-        ValueError: the lock cannot be read, or a provider cannot be run.
+        ValueError: the lock cannot be read, or a provider cannot be run; or no pin is locked and
+            nothing but pins is asked for.
     """
     entries = read_lock(lock)
     if not entries:
@@ -187,6 +188,8 @@ def verify(
     unknown = sorted(set(specs) - {entry.name for entry in entries})
     if unknown:
         raise ValueError(f"{lock} does not lock {unknown[0]!r}")
+    if pins_only and not any(entry.pins for entry in entries):
+        raise ValueError(f"{lock} holds no pin of a build: --pins-only has nothing to compare")
     found = []
     for entry in entries:
         found += check_pins(entry, lock)

@@ -13,6 +13,7 @@ layouts apart by q's width, and the layouts it does not know need a name.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -112,6 +113,8 @@ def flash_mla_with_kvcache(
     """
     if num_splits is not None:
         raise ValueError(f"num_splits is {num_splits!r}, must be None")
+    _check_flag("causal", causal)
+    _check_flag("is_fp8_kvcache", is_fp8_kvcache)
     if indices is None:
         sparse = {
             "attn_sink": attn_sink,
@@ -119,6 +122,8 @@ def flash_mla_with_kvcache(
             "extra_indices_in_kvcache": extra_indices_in_kvcache,
             "topk_length": topk_length,
             "extra_topk_length": extra_topk_length,
+            "extra_kv_format": extra_kv_format,
+            "extra_kv_scale": extra_kv_scale,
         }
         for name, value in sparse.items():
             if value is not None:
@@ -148,7 +153,16 @@ def flash_mla_with_kvcache(
     width = q.shape[-1]
     cache = _cache("k_cache", k_cache, width, is_fp8_kvcache, kv_format, kv_scale)
     extra_cache = None
-    if extra_k_cache is not None:
+    if extra_k_cache is None:
+        for name, value in (
+            ("extra_indices_in_kvcache", extra_indices_in_kvcache),
+            ("extra_topk_length", extra_topk_length),
+            ("extra_kv_format", extra_kv_format),
+            ("extra_kv_scale", extra_kv_scale),
+        ):
+            if value is not None:
+                raise ValueError(f"{name} is given, extra_k_cache is None")
+    else:
         _check_tensor("extra_k_cache", extra_k_cache, 4)
         extra_cache = _cache(
             "extra_k_cache",
@@ -275,8 +289,13 @@ def _check_tensor(name: str, value: torch.Tensor, dims: int) -> None:
 
 
 def _check_head_dim_v(name: str, value: int) -> None:
-    if value != 512:
-        raise ValueError(f"{name} is {value}, must be 512")
+    if not isinstance(value, Integral) or value != 512:
+        raise ValueError(f"{name} is {value!r}, must be 512")
+
+
+def _check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, must be True or False")
 
 
 # FlashMLA's rule for FP8 caches: q's width -> layout.
@@ -329,5 +348,8 @@ def _bf16_layout(k_cache: torch.Tensor) -> str:
 
 
 def _empty_as_plus_inf(lse: torch.Tensor) -> torch.Tensor:
+    values = {"nan": float("nan"), "posinf": float("inf"), "neginf": float("inf")}
+    if lse.requires_grad:
+        return lse.nan_to_num(**values)
     # In place, on a tensor that nobody else has, and one kernel instead of two.
-    return lse.nan_to_num_(nan=float("nan"), posinf=float("inf"), neginf=float("inf"))
+    return lse.nan_to_num_(**values)

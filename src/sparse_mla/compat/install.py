@@ -46,7 +46,7 @@ class _Before:
 _before: dict[str, _Before] = {}
 
 
-def install(names: Iterable[str] = NAMES, *, force: bool = False) -> None:
+def install(names: str | Iterable[str] = NAMES, *, force: bool = False) -> None:
     """Make imports of `names` find FlashMLA's functions on our kernels.
 
         import sparse_mla.compat.flash_mla
@@ -60,14 +60,14 @@ def install(names: Iterable[str] = NAMES, *, force: bool = False) -> None:
     Names that are installed already are left as they are.
 
     Args:
-        names: out of `install.NAMES`.
+        names: out of `install.NAMES`; one of them may be given as it is.
         force: replace modules that are already imported, until `uninstall()`.
 
     Raises:
         ValueError: an unknown name; or a real module of one of the names is already imported, and
             `force` is False. Nothing is installed then.
     """
-    names = tuple(names)
+    names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
         if name not in NAMES:
             raise ValueError(f"name is {name!r}, allowed: {', '.join(NAMES)}")
@@ -130,18 +130,43 @@ def _make(name: str) -> ModuleType:
 
 
 def _of_2025(decode: Callable[..., Any]) -> Callable[..., Any]:
-    """Decode that also takes what SGLang's copy of FlashMLA's interface of 2025 passes.
+    """Decode with the arguments of SGLang's copy of FlashMLA's interface of 2025, in their order.
 
-    That one has a tensor for num_splits, and descale_q and descale_k, which only its FP8 queries
-    use; by keyword, as they stand before is_fp8_kvcache there.
+    That one has a tensor for num_splits, which is no more read than the metadata beside it, and
+    descale_q and descale_k before is_fp8_kvcache, which only its FP8 queries use.
     """
 
     def flash_mla_with_kvcache(
-        *args: Any, descale_q: object = None, descale_k: object = None, **kwargs: Any
+        q: Any,
+        k_cache: Any,
+        block_table: Any,
+        cache_seqlens: Any,
+        head_dim_v: int,
+        tile_scheduler_metadata: object,
+        num_splits: object = None,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        descale_q: object = None,
+        descale_k: object = None,
+        is_fp8_kvcache: bool = False,
+        indices: Any = None,
+        **more: Any,
     ) -> Any:
         if descale_q is not None or descale_k is not None:
             raise NotImplementedError("descale_q and descale_k: FP8 queries are not offered")
-        return decode(*args, **kwargs)
+        return decode(
+            q,
+            k_cache,
+            block_table,
+            cache_seqlens,
+            head_dim_v,
+            tile_scheduler_metadata,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            is_fp8_kvcache=is_fp8_kvcache,
+            indices=indices,
+            **more,
+        )
 
     flash_mla_with_kvcache.__doc__ = decode.__doc__
     return flash_mla_with_kvcache
@@ -154,11 +179,7 @@ def _vllm_checks() -> dict[str, Callable[..., Any]]:
         return True, None
 
     def is_flashmla_dense_supported() -> tuple[bool, str | None]:
-        from .. import dispatch
-
-        if "dense_decode" in dispatch.OPS:
-            return True, None
-        return False, "dense decode is not supported yet"
+        return True, None
 
     def get_mla_metadata_dense_fp8(*args: object, **kwargs: object) -> None:
         raise NotImplementedError("get_mla_metadata_dense_fp8: FP8 queries are not offered")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 
 from .. import dispatch
 from ..kv_cache import KVCache
+from ..kv_layout import LAYOUTS
 
 MAX_HEADS = 128
+# Each split is a row of float32 partial results, and the merge holds all of a query's at once.
+MOST_SPLITS = 1024
 
 
 def check_main_cache(name: str, cache: KVCache) -> None:
@@ -20,6 +24,17 @@ def check_main_cache(name: str, cache: KVCache) -> None:
         raise ValueError(
             f"{name} has layout {cache.layout.name}, which models use for an extra cache beside "
             "another one only"
+        )
+    check_layout(name, cache)
+
+
+def check_layout(name: str, cache: KVCache) -> None:
+    """The cache's layout is one of the library's: the ops find it by its name."""
+    layout, known = cache.layout, LAYOUTS.get(cache.layout.name)
+    if layout is not known and layout != known:
+        raise NotImplementedError(
+            f"{name} has a layout of the caller's own, {layout.name!r}; attention reads those of "
+            f"sparse_mla.LAYOUTS as they are: {', '.join(LAYOUTS)}"
         )
 
 
@@ -82,12 +97,28 @@ def check_vector(
 
 
 def check_scale(scale: float | None, d_qk: int, name: str = "scale") -> float:
-    """The softmax scale, d_qk ** -0.5 by default; must be finite."""
+    """The softmax scale, d_qk ** -0.5 by default; must be finite in float32."""
     if scale is None:
         return float(d_qk) ** -0.5
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    # True would be causal=True, one place too early.
+    if not isinstance(scale, Real) or isinstance(scale, bool):
         raise ValueError(f"{name} is {scale!r}, must be a finite number")
-    return float(scale)
+    try:
+        number = float(scale)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or abs(number) > torch.finfo(torch.float32).max:
+        raise ValueError(f"{name} is {scale!r}, must be a finite number, in float32 too")
+    return number
+
+
+def check_splits(num_splits: int | None) -> int:
+    """The number of splits as the custom ops take it: 0 asks for the backend's choice."""
+    if num_splits is None:
+        return 0
+    if type(num_splits) is not int or not 1 <= num_splits <= MOST_SPLITS:
+        raise ValueError(f"num_splits is {num_splits!r}, must be an int from 1 to {MOST_SPLITS}")
+    return num_splits
 
 
 def check_backend(op: str, backend: str | None) -> str:

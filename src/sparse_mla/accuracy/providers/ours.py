@@ -99,7 +99,9 @@ def load(name: str) -> Implementation:
     if not backend:
         backend = available[0]
     if backend not in (*available, "cpu"):
-        raise NotOffered(f"backend {backend!r} does not run here; available: {available}")
+        raise NotOffered(
+            f"backend {backend!r} does not run here; available: {', '.join(available)}"
+        )
     return Backend(backend)
 
 

@@ -10,7 +10,7 @@ from ...dispatch import Backend, Request
 from ...kv_layout import LAYOUTS
 from ..sparse_decode import backends as sparse_decode
 
-CPU_LAYOUTS = tuple(LAYOUTS)
+CPU_LAYOUTS = tuple(name for name, layout in LAYOUTS.items() if not layout.extra_only)
 TRITON_LAYOUTS = ("bf16", "bf16_nope", "fp8_tensor")
 SM90_LAYOUTS = ("bf16", "bf16_nope")
 

@@ -16,8 +16,10 @@ from ..checks import (
     check_main_cache,
     check_query,
     check_scale,
+    check_splits,
     check_vector,
 )
+from ..gradients import refuse_backward
 
 
 def dense_decode(
@@ -44,8 +46,8 @@ def dense_decode(
             in the cache. At most max_pages * page_size count; less than 0 is 0.
         scale: logits are scale * <q, k>; default d_qk ** -0.5.
         causal: query i of s_q sees the first cache_seqlens - s_q + i + 1 tokens instead of all.
-        num_splits: pieces that each sequence is cut into, merged afterwards; default: all tokens
-            of the batch are shared out evenly.
+        num_splits: pieces that each sequence is cut into at most, 1 to 1024 (on Hopper no more
+            than 64), merged afterwards; default: all tokens of the batch are shared out evenly.
         batch_invariant: a row's bits do not depend on what else is in the batch.
         backend: "sm90", "triton" or "cpu"; default the first that supports the call.
 
@@ -55,7 +57,7 @@ def dense_decode(
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is not allowed.
-        NotImplementedError: no backend supports the call.
+        NotImplementedError: no backend, or not the named one, supports the call.
     """
     check_main_cache("cache", cache)
     check_query(q, ("b", "s_q", "h_q", "d_qk"), cache)
@@ -66,8 +68,6 @@ def dense_decode(
     for name, value in (("causal", causal), ("batch_invariant", batch_invariant)):
         if not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}, must be True or False")
-    if num_splits is not None and not (type(num_splits) is int and num_splits >= 1):
-        raise ValueError(f"num_splits is {num_splits!r}, must be an integer >= 1")
     return torch.ops.sparse_mla.dense_decode(
         q,
         cache.pages,
@@ -79,7 +79,7 @@ def dense_decode(
         cache_seqlens,
         check_scale(scale, q.shape[-1]),
         causal,
-        num_splits or 0,
+        check_splits(num_splits),
         batch_invariant,
         check_backend("dense_decode", backend),
     )
@@ -150,3 +150,6 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = q.new_empty((*q.shape[:-1], get_layout(layout).d_v))
     return out, q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+refuse_backward(_dense_decode, "sparse_mla.dense_decode")

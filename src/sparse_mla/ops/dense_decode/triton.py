@@ -75,6 +75,8 @@ def launch_attend(
     rows = b * s_q * heads
     if rows == 0:
         return out, lse
+    # No sequence has more pieces of min_split tokens.
+    splits = min(splits, max(1, triton.cdiv(block_table.shape[1] * cache.page_size, min_split)))
     part, part_lse = out, lse
     if splits > 1:
         part = torch.empty(splits, rows, layout.d_v, dtype=torch.float32, device=q.device)

@@ -26,8 +26,13 @@ def reads(request: Request) -> tuple[bool, str]:
     for layout in (request.layout, request.extra_layout):
         if layout and layout not in LAYOUTS:
             return False, f"has no code for {layout}"
-    if LAYOUTS[request.layout].extra_only:
-        return False, f"{request.layout} is a layout of extra caches only"
+    main = LAYOUTS[request.layout]
+    if main.extra_only:
+        return False, f"{main.name} is a layout of extra caches only"
+    if request.extra_layout:
+        extra = LAYOUTS[request.extra_layout]
+        if (extra.d_qk, extra.d_v) != (main.d_qk, main.d_v):
+            return False, f"{extra.name} has d_qk {extra.d_qk}, {main.name} has {main.d_qk}"
     return True, "reads every layout"
 
 

@@ -1,8 +1,10 @@
 """Sparse decode: every query token attends to its own list of cache slots.
 
-Reading path: `decode` (this file) checks and dispatches; backends.py says who can run; cpu.py and
-triton.py compute over a list of `Source`s; config.py holds the Triton launch choices.
-docs/semantics.md is the contract.
+Reading path: `decode` (this file) checks and dispatches; backends.py says who can run; cpu.py,
+triton.py and sm90.py compute over a list of `Source`s. config.py holds the portable kernels' launch
+choices; sm90.py says which of Hopper's launchers takes a call (sm90_fp8.py, sm90_expand.py, or
+prefill's over bf16 rows), and each has its kernels in files of its name. docs/semantics.md is the
+contract.
 """
 
 from __future__ import annotations
@@ -15,11 +17,14 @@ from ...kv_layout import get_layout
 from ..checks import (
     check_backend,
     check_indices,
+    check_layout,
     check_main_cache,
     check_query,
     check_scale,
+    check_splits,
     check_vector,
 )
+from ..gradients import refuse_backward
 from .source import Source
 
 
@@ -53,8 +58,10 @@ def decode(
         extra_indices: [b, s_q, extra_topk] int32 slots of `extra_cache`, needed with it.
         extra_topk_length: [b] int32, as `topk_length` for `extra_indices`.
         batch_invariant: a row's bits do not depend on what else is in the batch.
-        num_splits: pieces that each list is cut into, merged afterwards; default chosen by shape.
-        backend: "triton" or "cpu"; default the first that supports the call (see `explain`).
+        num_splits: pieces that each list is cut into at most, 1 to 1024, merged afterwards; default
+            chosen by shape.
+        backend: "sm90", "triton" or "cpu"; default the first that supports the call (see
+            `sparse-mla explain`).
 
     Returns:
         out [b, s_q, h_q, d_v] bf16 and lse [b, s_q, h_q] float32, the natural log of the sum of
@@ -71,8 +78,6 @@ def decode(
     check_vector("topk_length", topk_length, b, torch.int32, q)
     check_vector("attn_sink", attn_sink, heads, torch.float32, q)
     _check_extra(cache, extra_cache, extra_indices, extra_topk_length, q)
-    if num_splits is not None and not (type(num_splits) is int and num_splits >= 1):
-        raise ValueError(f"num_splits is {num_splits!r}, must be an integer >= 1")
     if not isinstance(batch_invariant, bool):
         raise ValueError(f"batch_invariant is {batch_invariant!r}, must be True or False")
     return torch.ops.sparse_mla.sparse_decode(
@@ -82,7 +87,7 @@ def decode(
         topk_length,
         attn_sink,
         check_scale(scale, d_qk),
-        num_splits or 0,
+        check_splits(num_splits),
         batch_invariant,
         check_backend("decode", backend),
         *_parts(extra_cache),
@@ -110,6 +115,7 @@ def _check_extra(
         raise ValueError(
             f"extra_cache is {type(extra_cache).__name__}, must be a sparse_mla.KVCache"
         )
+    check_layout("extra_cache", extra_cache)
     main, extra = cache.layout, extra_cache.layout
     if (extra.d_qk, extra.d_v) != (main.d_qk, main.d_v):
         raise ValueError(
@@ -207,3 +213,6 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = q.new_empty((*q.shape[:-1], get_layout(layout).d_v))
     return out, q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+refuse_backward(_sparse_decode, "sparse_mla.decode")

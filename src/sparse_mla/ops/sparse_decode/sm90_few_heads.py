@@ -36,9 +36,10 @@ class Launch:
     producer_registers: int
 
 
-# H200, h=16, topk 2048, an earlier version of the kernel: 78.5 us at b=128, 32.7 at b=32; with 8
-# stages 81.2 and 34.9. Those were 5; 6, the next even number, was not timed. With 224 and 56
-# registers 16 bytes spill, none of them in the loops.
+# H200, h=16, topk 2048, an earlier version of the kernel, which took odd numbers too: 78.5 us at
+# b=128 and 32.7 at b=32 with 5 stages, 81.2 and 34.9 with 8. 6 is the next even number (committed
+# rows of this version: 75.0 and 33.3); others were not timed again. With 224 and 56 registers 16
+# bytes spill, none of them in the loops.
 LAUNCH = Launch(6, 224, 56)
 
 # The cost of a launch in units of a tile of a program, about 1 us: what a program takes besides its

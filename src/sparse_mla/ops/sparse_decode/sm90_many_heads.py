@@ -1,4 +1,4 @@
-"""Launcher of the Hopper kernels for many heads (33 to 128) over v32_fp8 caches.
+"""Launcher of the Hopper kernels for many heads over v32_fp8 caches: 17 to 128, in blocks of 64.
 
 sm90_bounded_scales_kernel attends every list; where it meets scales out of its bounds it says so,
 and sm90_many_heads_kernel, which is slower and takes any scales, redoes that program's part.

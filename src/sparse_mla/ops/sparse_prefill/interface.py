@@ -1,7 +1,8 @@
 """Sparse prefill: a run of query tokens attends to selected rows of one KV buffer.
 
 Reading path: `prefill` (this file) checks and dispatches; backends.py says who can run; cpu.py and
-triton.py compute, with the kernels of sparse_decode. docs/semantics.md is the contract.
+triton.py compute with the kernels of sparse_decode, sm90.py with its own over bf16 rows and with
+sparse_decode's over other caches. docs/semantics.md is the contract.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..checks import (
     check_scale,
     check_vector,
 )
+from ..gradients import refuse_backward
 
 _BF16_LAYOUTS = {576: "bf16", 512: "bf16_nope"}
 
@@ -38,13 +40,13 @@ def prefill(
     Args:
         q: [s_q, h_q, d_qk] bf16, last dim contiguous; 1 <= h_q <= 128.
         kv: [s_kv, d_qk] or [s_kv, 1, d_qk] bf16 rows (values are the first 512 entries), or a
-            KVCache of any layout.
+            KVCache of any layout that is not `extra_only`.
         indices: [s_q, topk] or [s_q, 1, topk] int32 rows of `kv`; entries outside it are ignored
             and never loaded, repeated entries count repeatedly.
         scale: logits are scale * <q, k>; default d_qk ** -0.5.
         topk_length: [s_q] int32; only the first so many entries of a query's list count.
         attn_sink: [h_q] float32; out is scaled by exp(lse) / (exp(lse) + exp(sink)).
-        backend: "triton" or "cpu"; default the first that supports the call.
+        backend: "sm90", "triton" or "cpu"; default the first that supports the call.
 
     Returns:
         out [s_q, h_q, d_v] bf16, max_logits [s_q, h_q] float32 and lse [s_q, h_q] float32, both
@@ -52,7 +54,7 @@ def prefill(
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is not allowed.
-        NotImplementedError: no backend supports the call.
+        NotImplementedError: no backend, or not the named one, supports the call.
     """
     cache = kv if isinstance(kv, KVCache) else rows_as_cache(kv)
     check_main_cache("kv", cache)
@@ -140,3 +142,6 @@ def _(
     out = q.new_empty((*q.shape[:-1], get_layout(layout).d_v))
     rows = q.shape[:-1]
     return out, q.new_empty(rows, dtype=torch.float32), q.new_empty(rows, dtype=torch.float32)
+
+
+refuse_backward(_sparse_prefill, "sparse_mla.prefill")
