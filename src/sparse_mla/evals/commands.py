@@ -122,6 +122,11 @@ def compare_logs(
         f"of {found.pairs} problems both answer {found.both}, only A {found.only_a}, only B "
         f"{found.only_b}, neither {found.neither}; McNemar exact p = {found.p:.3g}"
     )
+    alone = [len(one.answered) - found.pairs for one in (first, second)]
+    if any(alone):
+        typer.echo(
+            f"not compared: {alone[0]} problems that only A holds, {alone[1]} that only B does"
+        )
     for pair in found.disagreements[:show]:
         typer.echo(f"\n{pair[0].number}: {pair[0].question} ({pair[0].target})")
         for name, answered in zip("AB", pair, strict=True):
