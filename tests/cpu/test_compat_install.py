@@ -94,8 +94,15 @@ def test_engines_names_find_ours_without_their_packages() -> None:
     assert torch.equal(old[0], new[0]) and torch.equal(old[1], new[1])
     with pytest.raises(NotImplementedError, match="FP8 queries"):
         flash_mla_with_kvcache(*arguments, descale_q=torch.ones(1), **options)
-    # SGLang allocates num_splits itself, and has two arguments before is_fp8_kvcache.
-    splits = (*arguments[:-1], torch.zeros(4, dtype=torch.int32))
+    # SGLang copies both tensors to its own, and has two arguments before is_fp8_kvcache.
+    from sgl_kernel.flash_mla import get_mla_metadata as metadata_of_2025
+
+    lengths = torch.ones(call.q.shape[0], dtype=torch.int32)
+    kept, splits_kept = metadata_of_2025(torch.ones(8, dtype=torch.int32), 2, 1)
+    meta, splits_now = metadata_of_2025(lengths, 2, 1, num_heads_q=2, is_fp8_kvcache=True, topk=9)
+    kept.copy_(meta)
+    splits_kept[: len(lengths) + 1].copy_(splits_now)
+    splits = (*arguments[:-2], kept, splits_kept[: len(lengths) + 1])
     by_position = flash_mla_with_kvcache(*splits, None, False, None, None, True, call.indices)
     assert torch.equal(by_position[0], new[0]) and torch.equal(by_position[1], new[1])
     assert "sgl_kernel" not in sys.modules and "vllm" not in sys.modules

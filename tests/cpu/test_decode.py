@@ -63,6 +63,13 @@ def test_page_size(layout: str, page_size: int) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scale", [-0.06, 0.0])
+def test_scales_of_the_other_sign(layout: str, scale: float) -> None:
+    """The largest logit is then that of the smallest product."""
+    check(decode_call(layout, heads=5, lengths=True, sink=True, scale=scale))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("b", [1, 7, 8, 9, 20])
 def test_batch(layout: str, b: int) -> None:
     check(decode_call(layout, b=b, heads=2, topk=300, lengths=True, sink=True))

@@ -98,7 +98,18 @@ def test_compare_command(tmp_path):
     assert "only A 1, only B 0" in done.output
     assert "McNemar exact p = 1" in done.output
     assert "bf16 with scale_bf16" in done.output
+    assert "not compared" not in done.output
     assert "question 1" in done.output
+
+
+def test_compare_command_says_what_it_left_out(tmp_path):
+    pytest.importorskip("scipy", reason="scipy is missing: pip install 'sparse-mla[eval]'")
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    log_of([True, True, False]).save(paths[0])
+    log_of([True, True], first=1).save(paths[1])
+    done = CliRunner().invoke(app, ["eval", "compare", *map(str, paths)])
+    assert "of 2 problems both answer 1" in done.output
+    assert "not compared: 1 problems that only A holds, 0 that only B does" in done.output
 
 
 def test_generated_problems_are_the_held_out_ones():

@@ -331,13 +331,22 @@ def test_broken_models_are_refused_in_one_line(trained, tmp_path, kind, problem)
     assert "Traceback" not in done.output
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_one_line_after_the_results(trained):
+    arguments = ["eval", "--model", str(trained[1]), "--limit", "1", "--log", "/dev/full"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert done.stderr.endswith("error: /dev/full: No space left on device\n")
+    assert "problems" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
         ([], "--model is missing"),
         (["--model", "./nowhere"], "must be a folder"),
         (["--model", "{}", "--fault", "no_such"], "fault is 'no_such'"),
-        (["--model", "{}", "--layout", "no_such"], "layout is 'no_such'"),
+        (["--model", "{}", "--layout", "no_such"], "'no_such', allowed: v32_fp8, bf16\n"),
         (["--model", "{}", "--layout", "bf16_nope"], "layout is 'bf16_nope'"),
         (["--model", "{}", "--task", "no_such"], "task is 'no_such'"),
     ],

@@ -147,7 +147,7 @@ def test_no_gradient_is_made_up() -> None:
     model = apply(steady("glm_moe_dsa"))
     ids, _ = padded_batch([0], 8)
     loss = model(ids, labels=ids, use_cache=False).loss
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(NotImplementedError, match=r"sparse_mla\.decode has no backward pass"):
         loss.backward()
 
 

@@ -86,6 +86,18 @@ def test_several_queries_per_sequence(layout: str) -> None:
     check(call)
 
 
+@pytest.mark.parametrize("scale", [-0.06, 0.0])
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_scales_of_the_other_sign(launch: str, scale: float) -> None:
+    """The largest logit is then that of the smallest product."""
+    call = decode_call("v32_fp8", b=1, heads=3, topk=150, lengths=True, sink=True, scale=scale)
+    source = Source(call.cache, call.indices, call.options["topk_length"])
+    out, lse, _ = launch_attend(
+        call.q, [source], call.options["attn_sink"], scale, 2, LAUNCHES[launch], False
+    )
+    assert_weights_rounded_to_bf16(out, lse, call.oracle())
+
+
 def test_batch_invariant() -> None:
     call = decode_call(b=3, heads=2, topk=600)
     out, lse = decode(call.q, call.cache, call.indices, batch_invariant=True)

@@ -15,6 +15,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+import torch
+
 SOURCE = "sparse_mla.compat.flash_mla"
 
 # FlashMLA's version whose interface this is.
@@ -122,11 +124,27 @@ def _make(name: str) -> ModuleType:
     contents = {n: getattr(source, n) for n in source.__all__ if n not in ("install", "uninstall")}
     if name == SGLANG[0]:
         contents["flash_mla_with_kvcache"] = _of_2025(source.flash_mla_with_kvcache)
+        contents["get_mla_metadata"] = _metadata_of_2025
     if name == VLLM[-1]:
         contents.update(_vllm_checks())
     vars(module).update(contents)
     module.__all__ = sorted(contents)
     return module
+
+
+def _metadata_of_2025(
+    cache_seqlens: torch.Tensor, *args: object, **kwargs: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Metadata as SGLang's copy of FlashMLA's interface of 2025 has it: two int32 tensors.
+
+    SGLang copies them into tensors of its own for CUDA graphs, [parts, 8] and [b + 1]. They are
+    zeros, and never read.
+    """
+    sequences = cache_seqlens.shape[0]
+    return (
+        torch.zeros(1, 8, dtype=torch.int32, device=cache_seqlens.device),
+        torch.zeros(sequences + 1, dtype=torch.int32, device=cache_seqlens.device),
+    )
 
 
 def _of_2025(decode: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..cli_common import device_named, usage_error, writable
+from ..cli_common import device_named, usage_error, writable, writing
 
 app = typer.Typer(
     help="Accuracy as users feel it: a model answers problems over our cache.",
@@ -93,13 +93,14 @@ def evaluate(
     }  # fmt: skip
     with _progress(len(problems.asked)) as step:
         made = ask(loaded, tokenizer, problems, batch=batch, on_answer=step, about=about)
-    if log is not None:
-        made.save(log)
     for one in made.answered[:show]:
         verdict = "right" if one.right else f"wrong, the answer is {one.target}"
         answer = one.response.strip().replace("\n", "\n    ")
         typer.echo(f"{one.number}: {one.question}\n    {answer}    [{verdict}]\n")
     typer.echo(f"{made.about['task']}, {made.name}: {made.share}, {made.about['seconds']} s")
+    if log is not None:
+        with writing(log):
+            made.save(log)
 
 
 @app.command("compare")
@@ -121,6 +122,11 @@ def compare_logs(
         f"of {found.pairs} problems both answer {found.both}, only A {found.only_a}, only B "
         f"{found.only_b}, neither {found.neither}; McNemar exact p = {found.p:.3g}"
     )
+    alone = [len(one.answered) - found.pairs for one in (first, second)]
+    if any(alone):
+        typer.echo(
+            f"not compared: {alone[0]} problems that only A holds, {alone[1]} that only B does"
+        )
     for pair in found.disagreements[:show]:
         typer.echo(f"\n{pair[0].number}: {pair[0].question} ({pair[0].target})")
         for name, answered in zip("AB", pair, strict=True):
@@ -162,11 +168,13 @@ def regression(
             progress=progress,
             about={"model": model, "device": str(where)},
         )
-    if json is not None:
-        made.save(json)
-    write_report(made, html)
     for text in (*table(made), "", *conclusions(made), "", f"report: {html}"):
         typer.echo(text)
+    if json is not None:
+        with writing(json):
+            made.save(json)
+    with writing(html):
+        write_report(made, html)
 
 
 @app.command()
@@ -203,12 +211,13 @@ def layouts(
         made = run_layouts(
             loaded, ids, with_faults=faults, on_row=shown, about={"model": "SmolLM2-135M-Instruct"}
         )
-    if json is not None:
-        made.save(json)
     for table in tables(made):
         typer.echo("\n".join(table) + "\n")
     if made.silent:
         typer.echo(f"without effect on these texts: {', '.join(made.silent)}")
+    if json is not None:
+        with writing(json):
+            made.save(json)
 
 
 @app.command()
@@ -223,7 +232,8 @@ def report(
 
     loaded = load_regression(results)
     writable(html, "HTML")
-    write_report(loaded, html)
+    with writing(html):
+        write_report(loaded, html)
     typer.echo(f"report: {html}")
 
 

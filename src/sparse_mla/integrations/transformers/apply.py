@@ -78,9 +78,10 @@ def apply(
         NotImplementedError: no backend attends over that layout on the model's device.
     """
     _check_version()
+    name = layout.name if isinstance(layout, KVLayout) else layout
+    if name not in LAYOUTS:
+        raise ValueError(f"layout is {name!r}, allowed: {', '.join(LAYOUTS)}")
     layout = get_layout(layout)
-    if layout.name not in LAYOUTS:
-        raise ValueError(f"layout is {layout.name!r}, allowed: {', '.join(LAYOUTS)}")
     if type(page_size) is not int or page_size < 1:
         raise ValueError(f"page_size is {page_size!r}, must be an integer >= 1")
     if attend is not None and not callable(attend):

@@ -1,10 +1,10 @@
-"""The part of the Hopper kernel for expanded caches that fetches K: `resolve` and `fill`.
+"""The part of the Hopper kernel for expanded caches that fetches K: `fill`, in two groups of warps.
 
 A value of these layouts, e4m3 times a power of two, is a bf16 number: K in shared memory is exact.
-`resolve` (four warps) runs a few tiles ahead: it turns slots into addresses, asks the rows into L2
-and copies their scales to a ring; it also copies Q. `fill` (four warps) loads raw bytes to
-registers, 64 dims (a unit) of a tile at a time and a few units ahead, across the borders of tiles
-and items, and stores them expanded.
+Each group (four warps) takes half of the tokens of every tile. It turns slots into addresses, asks
+the rows into L2 and copies raw bytes by cp.async, 128 dims (a step, two units) of its tokens at a
+time and two steps ahead, across the borders of tiles and items, to shared memory that its threads
+alone read; from there they go through registers and are stored expanded. Consumers copy Q.
 """
 
 from triton.experimental import gluon

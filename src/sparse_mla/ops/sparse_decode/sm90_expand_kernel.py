@@ -1,9 +1,9 @@
 """The Hopper kernel for caches whose values are bf16 numbers once expanded: decode, 64 heads a CTA.
 
-A persistent grid, one CTA per SM. Its consumers are those of the kernel for bf16 caches
-(sparse_prefill/sm90_kernel.py): two groups of four warps, each with the softmax of one tile of a
-pair and half of the output. The third group expands K (sm90_expand_fill_kernel). A main and an
-extra cache are attended one after the other; sm90_expand_plan_kernel says which work is whose.
+A persistent grid, one CTA per SM. Its consumers share work as those of the kernel for bf16 caches
+do (sparse_prefill/sm90_kernel.py): two groups of four warps, each with the softmax of one tile of a
+pair and half of the output. Two more groups expand K (sm90_expand_fill_kernel). A main and an extra
+cache are attended one after the other; sm90_expand_plan_kernel says which work is whose.
 """
 
 from triton.experimental import gluon
