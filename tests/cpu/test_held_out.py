@@ -113,7 +113,7 @@ def default_scale(inputs: Inputs) -> Inputs:
         ("dense_decode/batch/40", Changed(beyond(0, 32))),
         ("decode/s_q/9", Changed(beyond(1, 8))),
         ("decode/s_q/2_heads_128", Changed(many_heads)),
-        ("decode/s_q/3_heads_80/bf16", Changed(many_heads)),
+        ("decode/s_q/4_heads_80/bf16", Changed(many_heads)),
         ("decode/nan/s_q", Changed(spread)),
         ("decode/nan/bf16", Changed(spread)),
         ("decode/nan/extra", Changed(spread)),
