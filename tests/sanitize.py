@@ -30,23 +30,21 @@ TIME_LIMIT = 180
 
 # By file: lines whose accesses are ordered by an mbarrier on which one thread arrives.
 HANDED_OVER = {
-    "ops/sparse_prefill/sm90_kernel.py": (
-        "even_base = shared.base.index(0).load(LOGIT_ROWS)",
-        "shared.base.index(HALF).store(new_base)",
-        "base = shared.base.index(1).load(LOGIT_ROWS)",
+    "ops/sm90_pairs_kernel.py": (
         "shared.sums.index(2 * HALF).store(exact)",
         "shared.sums.index(2 * HALF + 1).store(rounded)",
         "rounded = rounded + shared.sums.index(3 - 2 * HALF).load(LOGIT_ROWS)",
         "exact = exact + shared.sums.index(2 - 2 * HALF).load(LOGIT_ROWS)",
     ),
+    "ops/sparse_prefill/sm90_kernel.py": (
+        "even_base = shared.base.index(0).load(LOGIT_ROWS)",
+        "shared.base.index(HALF).store(new_base)",
+        "base = shared.base.index(1).load(LOGIT_ROWS)",
+    ),
     "ops/dense_decode/sm90_kernel.py": (
         "even_base = shared.base.index(0).load(LOGIT_ROWS)",
         "shared.base.index(HALF).store(new_base)",
         "base = shared.base.index(1).load(LOGIT_ROWS)",
-        "shared.sums.index(2 * HALF).store(exact)",
-        "shared.sums.index(2 * HALF + 1).store(rounded)",
-        "rounded = rounded + shared.sums.index(3 - 2 * HALF).load(LOGIT_ROWS)",
-        "exact = exact + shared.sums.index(2 - 2 * HALF).load(LOGIT_ROWS)",
         "bias = shared.bias.index(TILE_OF_PAIR).load(LOGIT_COLUMNS)",
     ),
     # The loader waits for a tile's place before it fills it, and arrives when the bias is there.

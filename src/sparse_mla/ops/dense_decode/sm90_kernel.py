@@ -27,10 +27,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.language.core import _aggregate as aggregate
 
 from ..gluon_compat import barrier
-from ..sparse_prefill.sm90_kernel import (
+from ..sm90_pairs_kernel import (
     INF,
     LN2,
     LOGIT_ROWS,
@@ -44,6 +43,8 @@ from ..sparse_prefill.sm90_kernel import (
     STORE_ROWS,
     TILE,
     WEIGHTS,
+    Shared,
+    both_sums,
     exp2,
     finite,
     log2,
@@ -55,55 +56,6 @@ from .sm90_work_kernel import Work, plan
 
 LOGIT_COLUMNS = gl.constexpr(gl.SliceLayout(0, LOGITS))
 QUERY = gl.constexpr(gl.DotOperandLayout(0, LOGITS, 2))
-
-
-@aggregate
-class Shared:
-    """Shared memory and barriers. `full` and `free` barriers have one phase per pair or segment."""
-
-    q_left: gl.shared_memory_descriptor  # [1, 64, 256] bf16
-    q_right: gl.shared_memory_descriptor  # [1, 64, 256]
-    q_rope: gl.shared_memory_descriptor  # [1, 64, 64]
-    k_left: gl.shared_memory_descriptor  # [2, 64, 256], one tile each
-    k_right: gl.shared_memory_descriptor  # [2, 64, 256]
-    k_rope: gl.shared_memory_descriptor  # [2, 64, 64]
-    p0: gl.shared_memory_descriptor  # [1, 64, 64]; the rope columns of K0, dead by then
-    p1: gl.shared_memory_descriptor  # [1, 64, 64]
-    bias: gl.shared_memory_descriptor  # [2, 64] float32, 0 or -inf per token
-    base: gl.shared_memory_descriptor  # [2, 64] float32, running maximum after either tile
-    sums: gl.shared_memory_descriptor  # [4, 64] float32: exact and rounded sums of both consumers
-    left_full: gl.shared_memory_descriptor  # [2, 1] k_left is there
-    right_full: gl.shared_memory_descriptor  # [2, 1] k_right, k_rope and bias are there
-    left_free: gl.shared_memory_descriptor  # [2, 1]
-    right_free: gl.shared_memory_descriptor  # [2, 1]
-    q_full: gl.shared_memory_descriptor
-    q_free: gl.shared_memory_descriptor
-    p_full: gl.shared_memory_descriptor  # [2, 1] P and base of either tile are there
-    sums_full: gl.shared_memory_descriptor  # [2, 1] of either consumer
-
-    @gluon.constexpr_function
-    def __init__(self, *fields):
-        (
-            self.q_left,
-            self.q_right,
-            self.q_rope,
-            self.k_left,
-            self.k_right,
-            self.k_rope,
-            self.p0,
-            self.p1,
-            self.bias,
-            self.base,
-            self.sums,
-            self.left_full,
-            self.right_full,
-            self.left_free,
-            self.right_free,
-            self.q_full,
-            self.q_free,
-            self.p_full,
-            self.sums_full,
-        ) = fields
 
 
 @gluon.jit
@@ -267,17 +219,7 @@ def attend_half(
             # The last pair's tile becomes the staging buffer of the output first.
             mbarrier.arrive(values_free.index(1), count=1, pred=j < pairs - 1)
 
-        shared.sums.index(2 * HALF).store(exact)
-        if ROUNDED_SUMS:
-            shared.sums.index(2 * HALF + 1).store(rounded)
-        barrier()
-        mbarrier.arrive(shared.sums_full.index(HALF), count=1)
-        mbarrier.wait(shared.sums_full.index(1 - HALF), k & 1)
-        exact = exact + shared.sums.index(2 - 2 * HALF).load(LOGIT_ROWS)
-        if ROUNDED_SUMS:
-            rounded = rounded + shared.sums.index(3 - 2 * HALF).load(LOGIT_ROWS)
-        else:
-            rounded = exact
+        exact, rounded = both_sums(shared, exact, rounded, k & 1, HALF, ROUNDED_SUMS)
         lse = gl.where(exact == 0.0, -INF, base + log2(exact))
         factor = gl.where(rounded == 0.0, 0.0, 1.0 / rounded)
         # Rows that this block has, and where they are stored.

@@ -6,7 +6,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ..gluon_compat import barrier
-from ..sparse_prefill.sm90_kernel import COPY_ROWS, INF, PAIR, TILE, copy_rows
+from ..sm90_pairs_kernel import COPY_ROWS, INF, PAIR, TILE, copy_rows
 
 # Threads of the loader, each of which arrives once where cp.async or TMA fills a buffer.
 LANES = gl.constexpr(128)

@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.core import _aggregate as aggregate
 
-from ..sparse_prefill.sm90_kernel import PAIR, TILE
+from ..sm90_pairs_kernel import PAIR, TILE
 
 # Sequences that `plan` looks at together.
 TOGETHER = gl.constexpr(256)

@@ -17,16 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..gluon_compat import barrier, reinterpret
-from ..sparse_prefill.sm90_few_heads_kernel import (
-    OUT,
-    WIDTH,
-    add_logits,
-    add_values,
-    store_half,
-    sum_chains,
-    twice,
-)
-from ..sparse_prefill.sm90_kernel import (
+from ..sm90_pairs_kernel import (
     COPY_ROWS,
     INF,
     LN2,
@@ -37,6 +28,15 @@ from ..sparse_prefill.sm90_kernel import (
     log2,
     opaque_zero,
     sink_factor,
+)
+from ..sparse_prefill.sm90_few_heads_kernel import (
+    OUT,
+    WIDTH,
+    add_logits,
+    add_values,
+    store_half,
+    sum_chains,
+    twice,
 )
 from .sm90_expand_plan_kernel import SORTED, entries, pair_count
 

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.core import _aggregate as aggregate
 
 from ..gluon_compat import async_load, barrier, reinterpret
-from ..sparse_prefill.sm90_kernel import INF, TILE
+from ..sm90_pairs_kernel import INF, TILE
 from .sm90_expand_plan_kernel import entries, pair_count
 
 # Units of a group's 32 tokens, [32, 16 words], or two of them: four lanes take 64 bytes of a row,

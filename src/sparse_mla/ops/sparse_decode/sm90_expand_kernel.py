@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..gluon_compat import barrier
-from ..sparse_prefill.sm90_kernel import (
+from ..sm90_pairs_kernel import (
     INF,
     LN2,
     LOGIT_ROWS,

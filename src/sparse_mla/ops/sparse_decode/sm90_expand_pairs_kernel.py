@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..gluon_compat import barrier
-from ..sparse_prefill.sm90_kernel import (
+from ..sm90_pairs_kernel import (
     INF,
     LOGIT_ROWS,
     LOGITS,

@@ -27,21 +27,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate
 
 from ..gluon_compat import barrier, reinterpret
-from .sm90_kernel import (
+from ..sm90_pairs_kernel import (
     COPY_ROWS,
     INF,
     LN2,
     TILE,
-    Items,
     copy_rows,
     exp2,
     finite,
-    load_slots,
     log2,
     opaque_zero,
     round_weights,
     sink_factor,
 )
+from .sm90_load_kernel import Items, load_slots
 
 # Columns of P^T and O^T.
 WIDTH = gl.constexpr(32)

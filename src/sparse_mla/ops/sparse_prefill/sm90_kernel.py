@@ -21,7 +21,6 @@ them out of the softmax.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -29,305 +28,31 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.language.core import _aggregate as aggregate
 
-from ..gluon_compat import async_load, barrier
-
-LN2 = gl.constexpr(0.6931471805599453)
-LOG2E = gl.constexpr(1.4426950408889634)
-INF = gl.constexpr(float("inf"))
-
-# Heads of an item and tokens of a tile: both products are 64 x 64 per warpgroup instruction.
-TILE = gl.constexpr(64)
-PAIR = gl.constexpr(128)
-
-# Eight lanes copy 128 contiguous bytes, four rows a warp.
-COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
-COPY_ROWS = gl.constexpr(gl.SliceLayout(1, COPY))
-COPY_COLUMNS = gl.constexpr(gl.SliceLayout(0, COPY))
-LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-LOGIT_ROWS = gl.constexpr(gl.SliceLayout(1, LOGITS))
-OUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
-OUT_ROWS = gl.constexpr(gl.SliceLayout(1, OUT))
-WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, OUT, 2))
-OUT_COLUMNS = gl.constexpr(gl.SliceLayout(0, OUT))
-STORE = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0]))
-STORE_ROWS = gl.constexpr(gl.SliceLayout(1, STORE))
-STORE_COLUMNS = gl.constexpr(gl.SliceLayout(0, STORE))
-
-
-@aggregate
-class Items:
-    """The work of a call: which item is which token, split and heads, and its list."""
-
-    indices: gl.tensor
-    stride_b: gl.tensor
-    stride_s: gl.tensor
-    s_q: gl.tensor
-    heads: gl.tensor
-    head_blocks: gl.tensor
-    topk: gl.tensor
-    splits: gl.tensor
-    split_size: gl.tensor
-    count: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, *fields):
-        (
-            self.indices,
-            self.stride_b,
-            self.stride_s,
-            self.s_q,
-            self.heads,
-            self.head_blocks,
-            self.topk,
-            self.splits,
-            self.split_size,
-            self.count,
-        ) = fields
-
-    @gluon.jit
-    def token(self, item):
-        return item // (self.head_blocks * self.splits)
-
-    @gluon.jit
-    def first_head(self, item):
-        return (item % self.head_blocks) * TILE
-
-    @gluon.jit
-    def row(self, item):
-        """The item's first row of the (partial) output, [splits, tokens, heads]."""
-        tokens = self.count // (self.head_blocks * self.splits)
-        split = (item // self.head_blocks) % self.splits
-        row = (split.to(gl.int64) * tokens + self.token(item)) * self.heads
-        return row + self.first_head(item)
-
-    @gluon.jit
-    def span(self, item, lengths):
-        """The entries [first, last) of the token's list that belong to the item."""
-        last = self.topk
-        if lengths is not None:
-            last = gl.minimum(gl.load(lengths + self.token(item) // self.s_q), last)
-        first = ((item // self.head_blocks) % self.splits) * self.split_size
-        return first, gl.minimum(last, first + self.split_size)
-
-    @gluon.jit
-    def pairs(self, item, lengths):
-        """Pairs of tiles to go through: at least one, all masked, where the list is empty."""
-        first, last = self.span(item, lengths)
-        return gl.maximum((last - first + (PAIR - 1)) // PAIR, 1)
-
-    @gluon.jit
-    def line(self, item):
-        """The token's list."""
-        token = self.token(item)
-        b = (token // self.s_q).to(gl.int64)
-        return self.indices + b * self.stride_b + (token % self.s_q).to(gl.int64) * self.stride_s
-
-
-@aggregate
-class Shared:
-    """Shared memory and barriers. `full` and `free` barriers have one phase per pair or item."""
-
-    q_left: gl.shared_memory_descriptor  # [1, 64, 256] bf16
-    q_right: gl.shared_memory_descriptor  # [1, 64, 256]
-    q_rope: gl.shared_memory_descriptor  # [1, 64, 64]
-    k_left: gl.shared_memory_descriptor  # [2, 64, 256], one tile each
-    k_right: gl.shared_memory_descriptor  # [2, 64, 256]
-    k_rope: gl.shared_memory_descriptor  # [2, 64, 64]
-    p0: gl.shared_memory_descriptor  # [1, 64, 64]; the rope columns of K0, dead by then
-    p1: gl.shared_memory_descriptor  # [1, 64, 64]
-    bias: gl.shared_memory_descriptor  # [2, 64] float32, 0 or -inf per token
-    base: gl.shared_memory_descriptor  # [2, 64] float32, running maximum after either tile
-    sums: gl.shared_memory_descriptor  # [4, 64] float32: exact and rounded sums of both consumers
-    left_full: gl.shared_memory_descriptor  # [2, 1] k_left is there
-    right_full: gl.shared_memory_descriptor  # [2, 1] k_right, k_rope and bias are there
-    left_free: gl.shared_memory_descriptor  # [2, 1]
-    right_free: gl.shared_memory_descriptor  # [2, 1]
-    q_full: gl.shared_memory_descriptor
-    q_free: gl.shared_memory_descriptor
-    p_full: gl.shared_memory_descriptor  # [2, 1] P and base of either tile are there
-    sums_full: gl.shared_memory_descriptor  # [2, 1] of either consumer
-
-    @gluon.constexpr_function
-    def __init__(self, *fields):
-        (
-            self.q_left,
-            self.q_right,
-            self.q_rope,
-            self.k_left,
-            self.k_right,
-            self.k_rope,
-            self.p0,
-            self.p1,
-            self.bias,
-            self.base,
-            self.sums,
-            self.left_full,
-            self.right_full,
-            self.left_free,
-            self.right_free,
-            self.q_full,
-            self.q_free,
-            self.p_full,
-            self.sums_full,
-        ) = fields
-
-
-@gluon.jit
-def exp2(x):
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def log2(x):
-    return gl.inline_asm_elementwise(
-        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def opaque_zero(j):
-    """0, which no compiler can know. As a buffer's index it keeps about 70 wgmma descriptors from
-    being hoisted out of the loop and spilled (1184 bytes without it)."""
-    return gl.inline_asm_elementwise(
-        "shr.u32 $0, $1, 24;", "=r,r", [j], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def round_weights(p):
-    """P as bf16 and the sum of the rounded weights per row, float32."""
-    weights, rounded = gl.inline_asm_elementwise(
-        """{
-        cvt.rn.bf16x2.f32 $0, $4, $3;
-        shl.b32 $1, $0, 16;
-        and.b32 $2, $0, 0xffff0000;
-        }""",
-        "=&r,=&r,=r,r,r",
-        [p],
-        dtype=(gl.bfloat16, gl.float32),
-        is_pure=True,
-        pack=2,
-    )
-    return weights, rounded
-
-
-@gluon.jit
-def finite(base):
-    """0 while nothing was valid: subtracting it keeps exp2 at 0 where -inf would give NaN."""
-    return gl.where(base == -INF, 0.0, base)
-
-
-@gluon.jit
-def sink_factor(lse, sink):
-    """exp(lse) / (exp(lse) + exp(sink)), natural; 1 for sink -inf, 0 for +inf or an empty row."""
-    factor = 1.0 / (1.0 + exp2((sink - lse) * LOG2E))
-    factor = gl.where(sink == -INF, 1.0, factor)
-    return gl.where(lse == -INF, 0.0, factor)
-
-
-@gluon.jit
-def copy_rows(dst, ptr, offsets, mask, FIRST: gl.constexpr, WIDTH: gl.constexpr):
-    """Columns [FIRST, FIRST + WIDTH) of rows at ptr + offsets (elements); zeros where masked."""
-    columns = gl.arange(0, WIDTH, layout=COPY_COLUMNS)
-    offsets = gl.max_contiguous(
-        gl.multiple_of(offsets[:, None] + (columns[None, :] + FIRST), [1, 8]), [1, 8]
-    )
-    async_load(dst, ptr + offsets, mask=mask[:, None])
-
-
-@gluon.jit
-def load_slots(line, entry, last):
-    """The list's entries, -1 from `last` on."""
-    return gl.load(line + entry, mask=entry < last, other=-1)
-
-
-@gluon.jit
-def load_tiles(
-    items,
-    shared,
-    lengths,
-    q_ptr,
-    kv_ptr,
-    q_stride_b,
-    q_stride_s,
-    q_stride_h,
-    page_stride,
-    page_size,
-    last_slot,
-    D_ROPE: gl.constexpr,
-    TOKEN_STRIDE: gl.constexpr,
-    PACKED: gl.constexpr,
-):
-    """The loader: Q of each item, then its tiles of K."""
-    rows = gl.arange(0, TILE, layout=COPY_ROWS)
-    item = gl.program_id(0)
-    line = items.line(item)
-    first, last = items.span(item, lengths)
-    slots0 = load_slots(line, first + rows, last)
-    slots1 = load_slots(line, first + TILE + rows, last)
-    done = 0
-    item_phase = 0
-    for item in range(gl.program_id(0), items.count, gl.num_programs(0)):
-        pairs = gl.maximum((last - first + (PAIR - 1)) // PAIR, 1)
-        # Slots are loaded a pair ahead, across the items' border.
-        next_item = gl.minimum(item + gl.num_programs(0), items.count - 1)
-        next_line = items.line(next_item)
-        next_first, next_last = items.span(next_item, lengths)
-
-        token = items.token(item)
-        head = items.first_head(item) + rows
-        q_offset = (token // items.s_q).to(gl.int64) * q_stride_b
-        q_offset += (token % items.s_q).to(gl.int64) * q_stride_s
-        q_offsets = (q_offset + head.to(gl.int64) * q_stride_h) * 8
-        mbarrier.wait(shared.q_free, item_phase ^ 1)
-        copy_rows(shared.q_left.index(0), q_ptr, q_offsets, head < items.heads, 0, 256)
-        copy_rows(shared.q_right.index(0), q_ptr, q_offsets, head < items.heads, 256, 256)
-        if D_ROPE > 0:
-            copy_rows(shared.q_rope.index(0), q_ptr, q_offsets, head < items.heads, 512, 64)
-        async_copy.mbarrier_arrive(shared.q_full, increment_count=False)
-        for j in range(pairs):
-            phase = ((done + j) & 1) ^ 1
-            if j + 1 < pairs:
-                ahead = line + (first + (j + 1) * PAIR)
-                left_over = last - (first + (j + 1) * PAIR)
-            else:
-                ahead = next_line + next_first
-                left_over = next_last - next_first
-            for stage in gl.static_range(2):
-                slots = slots0 if stage == 0 else slots1
-                ok = (slots >= 0) & (slots <= last_slot)
-                slots = gl.where(ok, slots, 0)
-                if PACKED:
-                    offsets = slots.to(gl.int64) * TOKEN_STRIDE
-                else:
-                    offsets = (slots // page_size).to(gl.int64) * page_stride
-                    offsets += (slots % page_size).to(gl.int64) * TOKEN_STRIDE
-                offsets = offsets * 8
-                mbarrier.wait(shared.left_free.index(stage), phase)
-                copy_rows(shared.k_left.index(stage), kv_ptr, offsets, ok, 0, 256)
-                async_copy.mbarrier_arrive(shared.left_full.index(stage), increment_count=False)
-                mbarrier.wait(shared.right_free.index(stage), phase)
-                shared.bias.index(stage).store(gl.where(ok, 0.0, -INF))
-                copy_rows(shared.k_right.index(stage), kv_ptr, offsets, ok, 256, 256)
-                if D_ROPE > 0:
-                    copy_rows(shared.k_rope.index(stage), kv_ptr, offsets, ok, 512, 64)
-                async_copy.mbarrier_arrive(shared.right_full.index(stage), increment_count=False)
-                barrier()
-                mbarrier.arrive(shared.right_full.index(stage), count=1)
-                fresh = load_slots(ahead, stage * TILE + rows, left_over)
-                if stage == 0:
-                    slots0 = fresh
-                else:
-                    slots1 = fresh
-        line = next_line
-        first = next_first
-        last = next_last
-        done += pairs
-        item_phase ^= 1
+from ..gluon_compat import barrier
+from ..sm90_pairs_kernel import (
+    INF,
+    LN2,
+    LOGIT_ROWS,
+    LOGITS,
+    OUT,
+    OUT_COLUMNS,
+    OUT_ROWS,
+    STORE,
+    STORE_COLUMNS,
+    STORE_ROWS,
+    TILE,
+    WEIGHTS,
+    Shared,
+    both_sums,
+    exp2,
+    finite,
+    log2,
+    opaque_zero,
+    round_weights,
+    sink_factor,
+)
+from .sm90_load_kernel import Items, load_tiles
 
 
 @gluon.jit
@@ -412,15 +137,12 @@ def attend_pairs(
     HALF: gl.constexpr,  # 0: left, 1: right
     D_ROPE: gl.constexpr,
     ROUNDED_SUMS: gl.constexpr,
-    OUT: gl.constexpr = OUT,
 ):
     """A consumer's part of `pairs` pairs of tiles, after `done` pairs of earlier items.
 
     Returns acc [64, 256], not normalised, the running maximum and the sums over the own tiles of P
     and of P as it was rounded. The last odd tile's values stay the consumer's.
     """
-    OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     values = shared.k_left if HALF == 0 else shared.k_right
     values_free = shared.left_free if HALF == 0 else shared.right_free
     own_p = shared.p0 if HALF == 0 else shared.p1
@@ -488,23 +210,6 @@ def attend_pairs(
         # The last pair's tile becomes the staging buffer of the output first.
         mbarrier.arrive(values_free.index(1), count=1, pred=j < pairs - 1)
     return acc, base, exact, rounded
-
-
-@gluon.jit
-def both_sums(shared, exact, rounded, item_phase, HALF: gl.constexpr, ROUNDED_SUMS: gl.constexpr):
-    """The sums of `attend_pairs` over both consumers' tiles."""
-    shared.sums.index(2 * HALF).store(exact)
-    if ROUNDED_SUMS:
-        shared.sums.index(2 * HALF + 1).store(rounded)
-    barrier()
-    mbarrier.arrive(shared.sums_full.index(HALF), count=1)
-    mbarrier.wait(shared.sums_full.index(1 - HALF), item_phase)
-    exact = exact + shared.sums.index(2 - 2 * HALF).load(LOGIT_ROWS)
-    if ROUNDED_SUMS:
-        rounded = rounded + shared.sums.index(3 - 2 * HALF).load(LOGIT_ROWS)
-    else:
-        rounded = exact
-    return exact, rounded
 
 
 @gluon.jit
