@@ -24,6 +24,9 @@ collect_ignore = [] if INTERPRETED else ["interpreted"]
 
 pytest.register_assert_rewrite("drawn", "hostile")
 
+# Files that take minutes start first, so that no process is left alone with one at the end.
+FIRST = ("test_triton_interpreted.py", "test_faults.py", "test_bump_story.py")
+
 # The tests' tensors are small: on a busy machine threads would wait for each other at every
 # operation. Tests of threads set their own number.
 torch.set_num_threads(1)
@@ -36,7 +39,9 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """tests/gpu needs a GPU, and says so where there is none."""
+    """Slow files first; tests/gpu needs a GPU, and says so where there is none."""
+    rank = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(FIRST)))
     missing = pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False")
     for item in items:
         if HERE / "gpu" in item.path.parents:

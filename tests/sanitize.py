@@ -47,6 +47,45 @@ HANDED_OVER = {
         "shared.sums.index(2 * HALF + 1).store(rounded)",
         "rounded = rounded + shared.sums.index(3 - 2 * HALF).load(LOGIT_ROWS)",
         "exact = exact + shared.sums.index(2 - 2 * HALF).load(LOGIT_ROWS)",
+        "bias = shared.bias.index(TILE_OF_PAIR).load(LOGIT_COLUMNS)",
+    ),
+    # The loader waits for a tile's place before it fills it, and arrives when the bias is there.
+    "ops/dense_decode/sm90_load_kernel.py": (
+        "shared.bias.index(stage).store(gl.where(ok, 0.0, -INF))",
+    ),
+    # `q_met`, `q_full`, `p_full` and back `p_free`, `last_full`; of the tables `full` and `free`.
+    "ops/sparse_decode/sm90_bounded_scales_kernel.py": (
+        "exchange.slice(HALF * 64, 64).store(top)",
+        "return gl.maximum(top, exchange.slice(64 - HALF * 64, 64).load(QUERY_ROW))",
+        "vectors.index(DECAY).store(decay)",
+        "decay = vectors.index(DECAY).load(O_ROW)",
+        "p = p_shared.load(P_OPERAND)",
+        "w = weigh(p, group_weights(weights, i & 1, 2).load(W_COLUMN))",
+        "w = weigh(p, group_weights(weights, i & 1, 3).load(W_COLUMN))",
+        "exchange.slice(0, 64).store(inverse)",
+        "inverse = exchange.slice(0, 64).load(O_ROW)",
+    ),
+    "ops/sparse_decode/sm90_bounded_scales_fill_kernel.py": (
+        "target.store(bits.to(gl.float32, bitcast=True).to(gl.float16))",
+    ),
+    # A tile's bias is stored once both halves of the tile before in its place are free, which its
+    # reader says after its logits; maxima and weights go back and forth by `p_full`.
+    "ops/sparse_decode/sm90_expand_fill_kernel.py": (
+        "bias.store(gl.where(is_there(rows), 0.0, -INF))",
+    ),
+    "ops/sparse_decode/sm90_expand_pairs_kernel.py": (
+        "bias = shared.bias.index(TILE_OF_PAIR).load(gl.SliceLayout(0, LOGITS))",
+        "shared.base.index(HALF).store(base)",
+        "base = shared.base.index(1).load(LOGIT_ROWS)",
+        "even_base = shared.base.index(0).load(LOGIT_ROWS)",
+    ),
+    "ops/sparse_decode/sm90_expand_few_heads_kernel.py": (
+        "bias = shared.bias.index(TILE_OF_PAIR).load(gl.SliceLayout(1, layout))",
+        "shared.base.index(HALF).store(base)",
+        "even_base = shared.base.index(0).load(by_head)",
+        "base = shared.base.index(1).load(by_head)",
+        "shared.sums.index(HALF).store(gl.sum(exact, 0))",
+        "total = shared.sums.index(0).load(by_head) + shared.sums.index(1).load(by_head)",
     ),
     "ops/sparse_decode/sm90_many_heads_kernel.py": (
         "exchange.slice(HALF * 64, 64).store(top)",
@@ -92,6 +131,16 @@ def _decode(backend: str, heads: int, layout: str = "v32_fp8", extra: str = "") 
         )
 
 
+def _decode_lengths(sequences: int) -> None:
+    """Lists of many lengths over a V4 cache, which the kernel's programs share out."""
+    cache = _cache("v4_fp8")
+    q = torch.randn(sequences, 1, 16, 512, device="cuda", dtype=torch.bfloat16)
+    shape = (sequences, 1, 200)
+    indices = torch.randint(-1, cache.num_slots, shape, device="cuda", dtype=torch.int32)
+    lengths = torch.randint(0, 201, (sequences,), device="cuda", dtype=torch.int32)
+    sparse_mla.decode(q, cache, indices, topk_length=lengths, backend="sm90")
+
+
 def _prefill(backend: str, heads: int) -> None:
     rows = torch.randn(512, 1, 576, device="cuda", dtype=torch.bfloat16)
     q = torch.randn(5, heads, 576, device="cuda", dtype=torch.bfloat16)
@@ -118,6 +167,9 @@ CASES: dict[str, Callable[[], None]] = {
     "decode-sm90-bf16-64": lambda: _decode("sm90", 64, "bf16"),
     "decode-sm90-v4_fp8-16": lambda: _decode("sm90", 16, "v4_fp8", "v4_fp8"),
     "decode-sm90-v4_fp8-64": lambda: _decode("sm90", 64, "v4_fp8", "v4_fp8"),
+    # On 132 multiprocessors: shared out evenly, and sorted.
+    "decode-sm90-v4_fp8-140-lengths": lambda: _decode_lengths(140),
+    "decode-sm90-v4_fp8-264-lengths": lambda: _decode_lengths(264),
     "decode-triton-16": lambda: _decode("triton", 16),
     "decode-triton-bf16-64": lambda: _decode("triton", 64, "bf16"),
     "decode-triton-v4_fp8-64": lambda: _decode("triton", 64, "v4_fp8", "v4_fp8"),
@@ -188,7 +240,7 @@ def main() -> int:
         results = list(pool.map(lambda job: sanitize(*job), jobs))
     for (tool, case), (ok, report) in zip(jobs, results, strict=True):
         first = report.splitlines()[0] if ok and tool == "racecheck" else ""
-        print(f"{tool:10} {case:24} {'ok' if ok else 'FAILED'}  {first}")
+        print(f"{tool:10} {case:30} {'ok' if ok else 'FAILED'}  {first}")
         if not ok:
             print(report)
     return 0 if all(ok for ok, _ in results) else 1

@@ -114,9 +114,59 @@ def _per_partition(usage: Usage) -> dict[str, int]:
     return {registers: int(spills.split("/")[0]) for registers, spills in pairs}
 
 
+_BARRIER = re.compile(r"bar(rier)?(\.cta)?\.(sync|red)\b")
+_LABEL = re.compile(r"(\$\w+):")
+_BRANCH = re.compile(r"bra(\.uni)?\s+(\$\w+)")
+
+
+def unordered_captures(ptx: str) -> bool:
+    """Whether a warp-specialised kernel may read shared memory and then, with no barrier between,
+    start its partitions: Triton stores what they are passed where a reduction had its sums, and
+    does not have the warps meet before.
+    """
+    lines = [line.strip() for line in ptx.splitlines()]
+    lines = [line for line in lines if line and not line.startswith((".", "//"))]
+    starts = [n for n, line in enumerate(lines) if _starts_partitions(lines, n)]
+    # Back along every path, up to the barriers.
+    before = _predecessors(lines)
+    seen, found = set(starts), list(starts)
+    while found:
+        for n in before[found.pop()]:
+            if n in seen or _BARRIER.search(lines[n]):
+                continue
+            if "ld.shared" in lines[n] or "ldmatrix" in lines[n]:
+                return True
+            seen.add(n)
+            found.append(n)
+    return False
+
+
+def _starts_partitions(lines: list[str], n: int) -> bool:
+    """Whether a line is where the other warps are told which partition they run: partition k as
+    bytes k, the first of them 0.
+    """
+    return bool(re.match(r"st\.shared\.\w+(\.\w+)?\s.*\{?\b(0, )?16843009\b", lines[n]))
+
+
+def _predecessors(lines: list[str]) -> list[list[int]]:
+    """The lines that each line may be reached from."""
+    labels = {match[1]: n for n, line in enumerate(lines) if (match := _LABEL.match(line))}
+    before: list[list[int]] = [[] for _ in lines]
+    for n, line in enumerate(lines):
+        branch = _BRANCH.search(line)
+        if branch and branch[2] in labels:
+            before[labels[branch[2]]].append(n)
+        leaves = not line.startswith("@") and (branch or line.startswith(("ret", "brx.idx")))
+        if not leaves and n + 1 < len(lines):
+            before[n + 1].append(n)
+    return before
+
+
 def usage_of(compiled: Any, number: int) -> Usage:
     """Read the machine code, and what ptxas says when it makes it once more from the same PTX."""
     ptx = compiled.asm["ptx"]
+    if unordered_captures(ptx):
+        raise RuntimeError("no barrier between a load from shared memory and the partitions' start")
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     if target is None:
         raise ValueError("the PTX names no target")

@@ -24,6 +24,7 @@ if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
 
 import offline  # noqa: E402
+import sanitize  # noqa: E402
 import sass  # noqa: E402
 import usage  # noqa: E402
 from offline import Build  # noqa: E402
@@ -105,6 +106,37 @@ def test_what_is_worse_is_named(changes: dict[str, object], said: str) -> None:
     found = Usage(**{**USAGE.__dict__, **changes}).worse_than(USAGE)
     assert len(found) == bool(said)
     assert said in "".join(found)
+
+
+def test_lines_that_the_sanitizer_may_name_exist() -> None:
+    for file, explained in sanitize.HANDED_OVER.items():
+        lines = {line.strip() for line in (sanitize.SOURCE / file).read_text().splitlines()}
+        assert set(explained) <= lines, file
+
+
+SUMS = """
+    bra.uni $L_sums;
+$L_worker:
+    ld.shared.b32 %r9, [global_smem+8];
+    barrier.sync 1;
+    bra.uni $L_worker;
+$L_sums:
+    bar.sync 0, 128;
+    @%p1 ld.shared.b32 %r1, [global_smem+64];
+    @%p2 bra $L_sums;
+    bra.uni $L_start;
+$L_start:
+    st.shared.v2.b32 [global_smem+96], {0, 16843009};
+    st.shared.v2.b32 [global_smem+64], {%r1, %r2};
+    barrier.sync 1;
+"""
+
+
+def test_sums_that_captures_replace_are_found() -> None:
+    assert usage.unordered_captures(SUMS)
+    met = SUMS.replace("$L_start:", "$L_start:\n    bar.sync 0, 128;")
+    assert not usage.unordered_captures(met)
+    assert not usage.unordered_captures(SUMS.partition("$L_start:")[0]), "no partitions"
 
 
 def _listing(*lines: str) -> str:

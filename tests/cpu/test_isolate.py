@@ -283,3 +283,12 @@ def test_a_lost_cuda_context_ends_the_process_and_is_a_crash(
         assert result.status == CRASHED
         assert result.detail == "CUDA context lost: AcceleratorError: illegal access"
         assert run_case(provider, BY_NAME["decode/topk/63"]).status == PASSED
+
+
+def test_buffers_filled_anew_are_sent_again() -> None:
+    provider = make_provider("cpu", CPU, isolate=True)
+    assert isinstance(provider, IsolatedProvider)
+    with provider:
+        for name in ("decode/stale/same_buffers", "prefill/stale/same_buffers"):
+            result = run_case(provider, BY_NAME[name])
+            assert result.status == PASSED, result.detail

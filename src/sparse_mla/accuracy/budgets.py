@@ -60,6 +60,9 @@ ROW_TAIL = 18.0
 
 GAIN_FLOOR = 5e-5
 GAIN_SIGMAS = 4.0
+PART_SIGMAS = 6.0
+"""The same for the gain of each head and of each query token: a catalogue has about 1e4 of them."""
+
 BLOCK = 128
 
 
@@ -81,6 +84,8 @@ class Expected:
         fp32_power: [n, h], power of what fp32 logits, sums and sinks cost.
         gain_sigma: standard deviation of the gain of the allowed kernel.
         gain_bound: what fp32 arithmetic and weights that round alike may add to the gain.
+        head_gain: [h], allowed gain of a head over all query tokens.
+        token_gain: [n], allowed gain of a query token over all heads.
         lse: [n, h], allowed error of lse.
         max_logits: [n, h], allowed error of max_logits.
         kappa: rms of `condition` over the call.
@@ -97,6 +102,8 @@ class Expected:
     fp32_power: torch.Tensor
     gain_sigma: float
     gain_bound: float
+    head_gain: torch.Tensor
+    token_gain: torch.Tensor
     lse: torch.Tensor
     max_logits: torch.Tensor
     kappa: float
@@ -157,7 +164,8 @@ def expect(inputs: Inputs) -> Expected:
     row_power, fp32_power = weight_power.clone(), weight_power.clone()
     lse_budget, max_budget = weight_power.clone(), weight_power.clone()
     kappa_square = tail_trace = tail_square = tail_largest = tail_cap = alike_power = 0.0
-    gain_variance = gain_bound = gain_fp32 = 0.0
+    head_variance, head_bound, head_cap = (torch.zeros_like(ref.lse) for _ in range(3))
+    token_variance = head_variance.new_zeros(n)
     for i in range(n):
         rows, counts = selected_rows(inputs, i)
         if not bool(torch.isfinite(q[i]).all()) or not bool(torch.isfinite(rows).all()):
@@ -179,9 +187,9 @@ def expect(inputs: Inputs) -> Expected:
         tail_largest = max(tail_largest, noise.largest)
         tail_cap += float(noise.cap[~noise.alike].sum())
         alike_power += BF16_MAX_ERROR**2 * float(noise.cap[noise.alike].sum())
-        gain_variance += noise.gain_variance
-        gain_bound += noise.gain_bound
-        gain_fp32 += noise.gain_fp32
+        token_variance[i] = noise.gain_variance
+        head_variance[i], head_bound[i] = noise.head_variance, noise.gain_bound
+        head_cap[i] = noise.head_cap
     out = torch.where(exempt[:, None, None], 0.0, ref.out)
     diff = out.to(torch.bfloat16).double() - out
     norms = out.square().sum(-1)
@@ -193,18 +201,30 @@ def expect(inputs: Inputs) -> Expected:
     tail_power = alike_power + min(BF16_RMS**2 * tail, BF16_MAX_ERROR**2 * tail_cap)
     tail_power += max(float(ideal_power.sum()), float(_output_tail(total, fourth.sum(), CASE_TAIL)))
     safe = float(total) or 1.0
+    along = (diff * out).sum(-1)
+
+    def part_gain(dim: int, variance: torch.Tensor) -> torch.Tensor:
+        """Allowed gain of the rows summed over `dim`; variance is that of their weights."""
+        power = norms.sum(dim)
+        sigmas = PART_SIGMAS * BF16_RMS * (variance + fourth.sum(dim)).sqrt()
+        sigmas = torch.minimum(sigmas, BF16_MAX_ERROR * (head_cap.sum(dim) + power))
+        allowed = along.sum(dim).abs() + sigmas + head_bound.sum(dim)
+        return GAIN_FLOOR + allowed / torch.where(power > 0, power, 1.0)
+
     return Expected(
         ref=ref,
         exempt=exempt,
         empty=empty,
         ideal_power=ideal_power,
-        ideal_gain=float((diff * out).sum()) / safe,
+        ideal_gain=float(along.sum()) / safe,
         weight_power=weight_power,
         row_power=row_power,
         tail_power=tail_power,
         fp32_power=fp32_power,
-        gain_sigma=BF16_RMS * math.sqrt(gain_variance + float(fourth.sum())) / safe,
-        gain_bound=(gain_bound + gain_fp32) / safe,
+        gain_sigma=BF16_RMS * math.sqrt(float(token_variance.sum() + fourth.sum())) / safe,
+        gain_bound=float(head_bound.sum()) / safe,
+        head_gain=part_gain(0, head_variance.sum(0)),
+        token_gain=part_gain(1, token_variance),
         lse=lse_budget,
         max_logits=max_budget,
         kappa=math.sqrt(kappa_square / safe),
@@ -221,18 +241,15 @@ def _output_tail(square: torch.Tensor, fourth: torch.Tensor, t: float) -> torch.
 def _shared_roundings(logits: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
     """Heads where many weights are equal, and round alike: (head, group of each token).
 
-    Logits [h, u] closer than SAME_LOGIT count as equal. Weights equal to the largest are exactly
-    1 and have no error of their own; where they are multiplied by scales, each errs for itself.
+    Logits [h, u] closer than SAME_LOGIT count as equal. The largest are among them: where the
+    maximum is subtracted they are exactly 1, but a kernel may round weights after the division.
     """
     found = []
     steps = torch.round((logits - logits.amax(1, keepdim=True)) / SAME_LOGIT)
     ordered = steps.sort(1).values
     groups = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1)
-    below = (steps < 0).sum(1)
-    for head in (below > 2 * groups).nonzero().flatten().tolist():
+    for head in (steps.shape[1] > 2 * groups).nonzero().flatten().tolist():
         _, group = torch.unique(steps[head], return_inverse=True)
-        top = (steps[head] == 0).nonzero().flatten()
-        group[top] = int(group.max()) + 1 + torch.arange(len(top), device=group.device)
         found.append((head, group))
     return found
 
@@ -261,9 +278,10 @@ class _TokenNoise:
     largest: float  # its largest eigenvalue
     cap: torch.Tensor  # [h] (sum_t w_t |v_t|)^2
     fp32_power: torch.Tensor  # [h]
-    gain_variance: float  # of the heads not in `alike`
-    gain_bound: float  # of the heads in `alike`
-    gain_fp32: float
+    gain_variance: float  # of the heads not in `alike`, together
+    head_variance: torch.Tensor  # [h] the same of each; 0 in `alike`
+    head_cap: torch.Tensor  # [h] sum_t |w_t <v_t, out>|
+    gain_bound: torch.Tensor  # [h] of the heads in `alike`, and of fp32 arithmetic
     alike: torch.Tensor  # [h] many weights are equal: their bound is the worst case
     lse: torch.Tensor  # [h]
     max_logits: torch.Tensor  # [h]
@@ -303,7 +321,7 @@ def _token_noise(
     frobenius = (p32.square() @ gram.square() * p32.square()).sum(1).sqrt().double() * shrunk
     cap = (p32 @ size.sqrt()).square().double() * shrunk
     along = w * (out @ values.T)
-    gain_bound = 0.0
+    gain_bound = torch.zeros_like(lse)
     alike = torch.zeros(w.shape[0], dtype=torch.bool, device=w.device)
     for head, group in _shared_roundings(logits):
         count = int(group.max()) + 1
@@ -313,7 +331,7 @@ def _token_noise(
         alike[head] = True
         trace[head] = lengths.square().sum() * shrunk[head]
         cap[head] = lengths.sum().square() * shrunk[head]
-        gain_bound += BF16_MAX_ERROR * float(sums.abs().sum())
+        gain_bound[head] = BF16_MAX_ERROR * sums.abs().sum()
     # Heads that give a token the same weight also round it alike; as if all of them did.
     free = w.float() * ~alike[:, None]
     joint = (free.T @ free) * gram
@@ -334,9 +352,10 @@ def _token_noise(
         cap=cap,
         fp32_power=fp32,
         gain_variance=float(along[~alike].sum(0).square().sum()),
-        gain_bound=gain_bound,
+        head_variance=torch.where(alike, 0.0, along.square().sum(1)),
+        head_cap=along.abs().sum(1),
+        gain_bound=gain_bound + fp32.sqrt() * norms,
         alike=alike,
-        gain_fp32=float((fp32.sqrt() * norms).sum()),
         lse=lse_error,
         max_logits=logit_error.amax(1) + 4 * FP32_ULP * logits.abs().amax(1),
     )

@@ -36,6 +36,8 @@ class Inputs:
     bf16 rows with page size 1. attn_sink is [h_q] float32 in both.
     For op "dense_decode": q as for "decode", block_table [b, pages] and cache_seqlens [b] int32;
     indices [b, s_q, T] is what they amount to, for the oracle, and not given to implementations.
+    `contents` pairs buffers, which calls of a case may share, with what they hold in this call:
+    `refill` puts it there, and whoever makes the call or asks the oracle does that first.
     """
 
     op: str
@@ -51,6 +53,12 @@ class Inputs:
     block_table: torch.Tensor | None = None
     cache_seqlens: torch.Tensor | None = None
     causal: bool = False
+    contents: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+
+    def refill(self) -> None:
+        """Put this call's contents into its buffers."""
+        for buffer, held in self.contents:
+            buffer.copy_(held)
 
     @property
     def queries(self) -> int:

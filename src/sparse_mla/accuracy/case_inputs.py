@@ -58,11 +58,15 @@ class Draw:
         sink: attn_sink, cycled over heads; None for none.
         repeats_of: each index occurs about this many times.
         page_pad: bytes added to the packed page stride, a multiple of 16.
+        row_pad: bytes between a token's row and the next, not in planar layouts.
+        base: bytes of the cache's storage before its first page.
         full: every slot holds a token, nothing is poison: wrong reads give numbers, which tell
             more about themselves than NaN.
         extra: decode only: the second cache.
         strided: q is a slice of a larger tensor, indices are slices of longer rows; what lies
             beside them is NaN and valid-looking indices.
+        permuted: q and indices are contiguous in another order of dims than their shapes say.
+        scale_by: the softmax scale over 1/sqrt(d_qk).
     """
 
     op: str = "decode"
@@ -82,8 +86,12 @@ class Draw:
     sink: tuple[float, ...] | None = None
     repeats_of: int = 1
     page_pad: int = 0
+    row_pad: int = 0
+    base: int = 0
     strided: bool = False
+    permuted: bool = False
     full: bool = False
+    scale_by: float = 1.0
     extra: Extra | None = None
 
     @property
@@ -225,18 +233,19 @@ def poisoned_cache(
     page_pad: int,
     device: torch.device,
     tensor_scale: torch.Tensor | None = None,
+    row_pad: int = 0,
+    base: int = 0,
 ) -> KVCache:
-    """A cache whose every byte, padding included, is 0xFF."""
-    stride = get_layout(layout).page_bytes(page_size) + page_pad
+    """A cache whose every byte, padding included, is 0xFF; the rest is as in `Draw`."""
+    layout = get_layout(layout)
+    row = layout.row_bytes if layout.planar else layout.row_bytes + row_pad
+    packed = layout.page_bytes(page_size) if layout.planar else page_size * row
     # Packed pages of some planar layouts are no multiple of 16.
-    stride = -(-stride // 16) * 16
+    stride = -(-(packed + page_pad) // 16) * 16
     scale = None if tensor_scale is None else tensor_scale.to(device)
-    cache = KVCache.empty(
-        pages, page_size, layout, device=device, page_stride=stride, tensor_scale=scale
-    )
-    storage = cache.pages.untyped_storage()
-    torch.empty(0, dtype=torch.uint8, device=device).set_(storage).fill_(0xFF)
-    return cache
+    storage = torch.full((base + pages * stride,), 0xFF, dtype=torch.uint8, device=device)
+    view = storage.as_strided((pages, packed), (stride, 1), base)
+    return KVCache(view, page_size, layout, row, scale)
 
 
 def scale_for(layout: KVLayout, latent: torch.Tensor) -> torch.Tensor | None:
@@ -316,7 +325,16 @@ def _stored(
         latent = latent + shared[: latent.shape[1]]
         rope = rope + shared[layout.d_qk - 64 :]
     scale = scale_for(layout, latent)
-    cache = poisoned_cache(values.pages, spec.page_size, layout, spec.page_pad, device, scale)
+    cache = poisoned_cache(
+        values.pages,
+        spec.page_size,
+        layout,
+        spec.page_pad,
+        device,
+        scale,
+        spec.row_pad,
+        spec.base,
+    )
     tokens = made_tokens(layout, latent, rope, spec.scales, g, scale)
     write_tokens(cache, values.live, tokens)
     if spec.full:
@@ -379,6 +397,8 @@ def draw(spec: Draw, seed: int, name: str, device: torch.device) -> Inputs:
         lists = _lists(other, extra, extra_lengths, g).view(spec.b, spec.s_q, beside.topk)
         if spec.strided:
             lists = _wide_lists(lists, int(extra.live[0]))
+        if spec.permuted:
+            lists = permuted(lists)
         extras = {
             "extra_cache": extra.cache,
             "extra_indices": move(lists, device),
@@ -390,13 +410,15 @@ def draw(spec: Draw, seed: int, name: str, device: torch.device) -> Inputs:
     indices = indices.view(*shape, spec.topk)
     if spec.strided:
         q, indices = _wide_queries(q), _wide_lists(indices, int(made.live[0]))
+    if spec.permuted:
+        q, indices = permuted(q), permuted(indices)
     sink = cycle(spec.sink, spec.h, torch.float32)
     return Inputs(
         op=spec.op,
         q=move(q, device),
         cache=made.cache,
         indices=move(indices, device),
-        scale=layout.d_qk**-0.5,
+        scale=layout.d_qk**-0.5 * spec.scale_by,
         topk_length=None if lengths is None else lengths.to(device),
         attn_sink=None if sink is None else sink.to(device),
         **extras,
@@ -460,6 +482,12 @@ def _wide_lists(indices: torch.Tensor, valid: int) -> torch.Tensor:
     wide = torch.full((*indices.shape[:-1], width + 37), valid, dtype=torch.int32)
     wide[..., :width] = indices
     return wide[..., :width]
+
+
+def permuted(x: torch.Tensor) -> torch.Tensor:
+    """The same tensor with its dims but the last in memory the other way round."""
+    order = (*range(x.dim() - 2, -1, -1), x.dim() - 1)
+    return x.permute(order).contiguous().permute(order)
 
 
 def _none(g: torch.Generator, x: torch.Tensor, slots: int) -> torch.Tensor:

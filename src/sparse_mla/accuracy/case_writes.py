@@ -9,7 +9,7 @@ import torch
 from ..kv_layout import get_layout
 from ..kv_quantise import E4M3_MAX
 from .case import Case, WriteInputs
-from .case_inputs import VALUES, normal, poisoned_cache, rng, scale_for, uniform
+from .case_inputs import VALUES, move, normal, poisoned_cache, rng, scale_for, uniform
 from .case_special import large_cache
 
 Fill = Callable[[torch.Generator, torch.Tensor], torch.Tensor]
@@ -61,10 +61,17 @@ def _zeros_and_not_finite(g: torch.Generator, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def _hostile_rope(g: torch.Generator, n: int) -> torch.Tensor:
+    """Magnitudes that only bf16 and fp32 hold, and NaN and Inf."""
+    rope = normal(g, n, 64) * 10 ** uniform(g, -30, 30, n, 1)
+    rope[0, 3], rope[1, 60], rope[2, 0] = float("nan"), float("inf"), float("-inf")
+    return rope
+
+
 def _write_case(
     name: str,
     about: str,
-    shows: tuple[str, ...],
+    shows: tuple[str, ...] = (),
     fill: Fill | None = None,
     *,
     layout: str = "v32_fp8",
@@ -72,7 +79,13 @@ def _write_case(
     rounding: str = "amax",
     page_size: int = 64,
     page_pad: int = 0,
+    row_pad: int = 0,
+    base: int = 0,
     skip: bool = False,
+    strided: bool = False,
+    int32: bool = False,
+    hostile_rope: bool = False,
+    saturated: float = 1.0,
     past_2gib: bool = False,
     dtype: torch.dtype = torch.float32,
     n: int = 48,
@@ -86,7 +99,7 @@ def _write_case(
         x = VALUES[values](g, n, fields.latent.count)
         if fill is not None:
             x = fill(g, x)
-        rope = normal(g, n, 64).to(device, dtype) if fields.rope else None
+        rope = _hostile_rope(g, n) if hostile_rope else normal(g, n, 64)
         if past_2gib:
             cache = large_cache(layout, page_size, None, device)
             at = torch.tensor([2**31, 2**32]) * cache.page_size // cache.pages.stride(0)
@@ -94,13 +107,22 @@ def _write_case(
             slots = slots[torch.randperm(n, generator=g)] - 8
         else:
             scale = scale_for(fields, torch.where(torch.isfinite(x), x, 0.0))
+            scale = None if scale is None else scale / saturated
             pages = -(-2 * n // page_size) + 1
-            cache = poisoned_cache(pages, page_size, layout, page_pad, device, scale)
+            cache = poisoned_cache(pages, page_size, layout, page_pad, device, scale, row_pad, base)
             slots = torch.randperm(cache.num_slots, generator=g)[:n]
         if skip:
             slots[torch.rand(n, generator=g) < 0.4] = -1
-        latent = x.to(device, dtype)
-        return [WriteInputs(cache, latent, rope, slots.to(device), rounding)]
+        if int32:
+            slots = slots.int()
+        latent, rope = x.to(dtype), rope.to(dtype)
+        if strided:
+            # Columns of one wider tensor, as a projection's output is.
+            latent = torch.cat([rope, latent, rope], 1)[:, rope.shape[1] : -rope.shape[1]]
+            rope = torch.cat([rope, rope + 1], 1)[:, : rope.shape[1]]
+        latent, rope = move(latent, device), move(rope, device)
+        given = rope if fields.rope else None
+        return [WriteInputs(cache, latent, given, slots.to(device), rounding)]
 
     return Case(full, "kv_write", about, shows, build, quick=quick)
 
@@ -169,6 +191,73 @@ def _layout_cases() -> list[Case]:
             past_2gib=True,
         )
     )
+    return cases
+
+
+def _seldom() -> list[Case]:
+    """Counts, strides and numbers that one model's writer never meets."""
+    pool = ("writer_packed_stride", "writer_storage_offset_ignored")
+    cases = [
+        _write_case(f"tokens/{n}", f"{n} tokens", ("writer_tail_lost",) * (n > 1), n=n)
+        for n in (1, 37, 1501)
+    ]
+    cases += [
+        _write_case("tokens/0", "no token at all", n=0),
+        _write_case(
+            "strided",
+            "latent and RoPE part are columns of wider tensors, int32 slots",
+            ("writer_strides_ignored",),
+            strided=True,
+            int32=True,
+            skip=True,
+        ),
+        _write_case(
+            "rope",
+            "RoPE parts from 1e-30 to 1e30, NaN and Inf",
+            ("writer_bf16_limited",),
+            hostile_rope=True,
+        ),
+        _write_case(
+            "bf16/magnitudes",
+            "bf16 layout: values from 1e-30 to 1e30",
+            ("writer_bf16_limited",),
+            _magnitudes,
+            layout="bf16",
+            page_size=16,
+        ),
+        _write_case(
+            "bf16/not_finite",
+            "bf16 layout: NaN and Inf stay",
+            (),
+            _not_finite,
+            layout="bf16",
+            page_size=16,
+        ),
+    ]
+    for layout in ("fp8_tensor", "nvfp4_bf16_rope"):
+        cases.append(
+            _write_case(
+                f"layout/{layout}/saturation",
+                f"{layout}: a tensor scale that is four times too small: values saturate",
+                ("writer_tensor_unsaturated",) * (layout == "fp8_tensor"),
+                layout=layout,
+                page_size=16,
+                saturated=4.0,
+            )
+        )
+    for layout, pad in (("v32_fp8", 112), ("glm53_nope_fp8", 128), ("bf16", 64)):
+        cases.append(
+            _write_case(
+                f"row_stride/{layout}",
+                f"{layout}, {pad} bytes after each token stay, in a pool that begins elsewhere",
+                pool,
+                layout=layout,
+                row_pad=pad,
+                page_pad=256,
+                base=4096 + 16,
+                page_size=16,
+            )
+        )
     return cases
 
 
@@ -250,4 +339,5 @@ WRITE_CASES: tuple[Case, ...] = (
         "bf16_nope", "bf16 layout without RoPE", (), layout="bf16_nope", page_size=16, skip=True
     ),
     *_layout_cases(),
+    *_seldom(),
 )

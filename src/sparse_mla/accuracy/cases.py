@@ -19,6 +19,7 @@ from .case_special import SPECIAL_CASES
 from .case_writes import WRITE_CASES
 from .cases_dense import DENSE_CASES
 from .cases_layouts import LAYOUT_CASES
+from .cases_seldom import SELDOM_CASES
 from .cases_shapes import SHAPE_CASES
 from .cases_values import VALUE_CASES
 
@@ -30,6 +31,7 @@ CASES: tuple[Case, ...] = (
     *SPECIAL_CASES,
     *LAYOUT_CASES,
     *DENSE_CASES,
+    *SELDOM_CASES,
     *WRITE_CASES,
 )
 

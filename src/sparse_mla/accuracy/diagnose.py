@@ -154,6 +154,7 @@ def observe(
                 implementation.write(call)
                 answer: Any = _rows(call)
             else:
+                call.refill()
                 answer = implementation.run(call, state)
             seen[position][1].append(answer)
     return Trial(tuple(Call(call, tuple(answers)) for call, answers in seen), case.name)
@@ -305,9 +306,7 @@ class _Prepared:
 
     def __init__(self, trial: Trial) -> None:
         self.calls = trial.calls
-        self.expected = [
-            expect(call.inputs) if isinstance(call.inputs, Inputs) else None for call in trial.calls
-        ]
+        self.expected = [_expected(call.inputs) for call in trial.calls]
         self.keys: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.steady = [_steady(call) for call in trial.calls]
         self.clean = self._answers(CleanKernel(UNROUNDED))
@@ -349,6 +348,7 @@ class _Prepared:
         answers: list[Any] = []
         for call in self.calls:
             if isinstance(call.inputs, Inputs):
+                call.inputs.refill()
                 answers.append(kernel.run(call.inputs, state))
             else:
                 copy = _own_cache(call.inputs)
@@ -369,6 +369,13 @@ class _Prepared:
             else:
                 rows = rows[~expected.exempt]
         return float(rows.square().mean().sqrt()) if rows.numel() else 0.0
+
+
+def _expected(call: Inputs | WriteInputs) -> Expected | None:
+    if not isinstance(call, Inputs):
+        return None
+    call.refill()
+    return expect(call)
 
 
 def _row_residuals(observed: Output, model: Output, expected: Expected) -> torch.Tensor:
@@ -463,11 +470,13 @@ def _steady(call: Call) -> torch.Tensor | None:
 def _own_cache(inputs: WriteInputs) -> WriteInputs:
     """The call on a copy of its cache; of a large cache only the rows to be written are copied."""
     cache = inputs.cache
-    storage = torch.empty(_span(cache), dtype=torch.uint8, device=cache.device)
-    pages = storage.as_strided(cache.pages.shape, cache.pages.stride())
+    start = int(cache.pages.storage_offset())
+    end = start + _span(cache)
+    storage = torch.empty(end, dtype=torch.uint8, device=cache.device)
+    pages = storage.as_strided(cache.pages.shape, cache.pages.stride(), start)
     copy = replace(cache, pages=pages)
-    if _span(cache) <= _SMALL_CACHE:
-        storage.copy_(cache.pages.as_strided((_span(cache),), (1,)))
+    if end <= _SMALL_CACHE:
+        storage.copy_(cache.pages.as_strided((end,), (1,), 0))
     else:
         slots = _written(inputs)
         write_tokens(copy, slots, token_bytes(cache, slots))

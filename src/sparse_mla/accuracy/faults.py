@@ -13,13 +13,21 @@ from .faults_fault import Fault
 from .faults_kernel import EmulatedKernel
 from .faults_layouts import LAYOUT_FAULTS
 from .faults_reading import READING
+from .faults_seldom import SELDOM_FAULTS
 from .faults_softmax import SOFTMAX
 from .faults_whole import WHOLE
 from .faults_writing import WRITING
 
 FAULTS: tuple[Fault, ...] = tuple(
     sorted(
-        READING + SOFTMAX + WHOLE + LAYOUT_FAULTS + EXTRA_FAULTS + DENSE_FAULTS + WRITING,
+        READING
+        + SOFTMAX
+        + WHOLE
+        + LAYOUT_FAULTS
+        + EXTRA_FAULTS
+        + DENSE_FAULTS
+        + WRITING
+        + SELDOM_FAULTS,
         key=lambda fault: fault.line,
     )
 )

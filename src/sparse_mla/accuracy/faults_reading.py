@@ -184,10 +184,14 @@ class PageSize64(EmulatedKernel):
 
 
 class PackedPageStride(EmulatedKernel):
-    """Pages as far apart as the layout says, whatever the cache's strides are."""
+    """Pages, or tokens only, as far apart as the layout says, whatever the cache's strides are."""
+
+    what = "pages"
 
     def offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
         packed, row = cache.layout.page_bytes(cache.page_size), cache.layout.row_bytes
+        if self.what == "tokens":
+            return byte_offsets(cache, slots, token_stride=row)
         return byte_offsets(cache, slots, page_stride=packed, token_stride=row)
 
     def footer_offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
@@ -419,6 +423,7 @@ READING = (
         "takes pages and tokens for packed where their strides are larger",
         PackedPageStride,
         _strided,
+        variants=({}, {"what": "tokens"}),
     ),
     Fault(
         "last_block_unmasked",

@@ -53,8 +53,12 @@ class TinyFlushed(EmulatedKernel):
 
 
 class SlotsPacked(EmulatedKernel):
+    what = "pages"
+
     def write_offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
         packed, row = cache.layout.page_bytes(cache.page_size), cache.layout.row_bytes
+        if self.what == "tokens":
+            return byte_offsets(cache, slots, token_stride=row)
         return byte_offsets(cache, slots, page_stride=packed, token_stride=row)
 
     def write_footer_offsets(self, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
@@ -144,6 +148,7 @@ WRITING = (
         "ignores page and token strides that exceed the packed size",
         SlotsPacked,
         op="kv_write",
+        variants=({}, {"what": "tokens"}),
     ),
     Fault(
         "writer_planar_as_inline",

@@ -124,7 +124,7 @@ def prepare(case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Pr
     try:
         with one_thread():
             calls: list[Call] = list(case.build(seed, device))
-            expected = [expect(c) if isinstance(c, Inputs) else None for c in calls]
+            expected = [_expected(c) for c in calls]
     except NotRun as error:
         return Prepared(case, seed, device, [], [], str(error))
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -135,6 +135,13 @@ def prepare(case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Pr
             raise
         return Prepared(case, seed, device, [], [], f"out of memory: {_one_line(error)}")
     return Prepared(case, seed, device, calls, expected)
+
+
+def _expected(call: Call) -> Expected | None:
+    if not isinstance(call, Inputs):
+        return None
+    call.refill()
+    return expect(call)
 
 
 def run_case(
@@ -187,21 +194,25 @@ def _run_attention(
 ) -> CaseResult:
     calls = [c for c in ready.calls if isinstance(c, Inputs)]
     wanted = [e for e in ready.expected if e is not None]
-    before = [fingerprint(c) for c in calls]
+    before: list[dict[str, torch.Tensor]] = []
     first: list[Output] = []
     moved = 0
-    changed_inside: str | None = None
+    changed: str | None = None
     for repeat in range(ready.case.repeats):
         state = implementation.new_state()
         for i, call in enumerate(calls):
+            call.refill()
+            if repeat == 0:
+                before.append(fingerprint(call))
             output = implementation.run(call, state)
             if ready.device.type == "cuda":
                 # A kernel's crash is reported by a later call; it belongs to this one.
                 torch.cuda.synchronize(ready.device)
-            if output.changed:
-                changed_inside = (
-                    changed_inside or f"call {i + 1} changed its input {output.changed}"
-                )
+            touched: str | None = output.changed
+            if repeat == ready.case.repeats - 1:
+                touched = touched or changed_input(call, before[i])
+            if touched:
+                changed = changed or f"call {i + 1} changed its input {touched}"
             for what in output.padded:
                 if _HIDDEN_BY_PADDING[what] & set(ready.case.shows):
                     return result(NOT_OFFERED, output.note)
@@ -216,11 +227,7 @@ def _run_attention(
     problem = metrics.problem
     if len(judged) > 1 and problem is not None:
         problem = f"call {worst + 1} of {len(judged)}: {problem}"
-    problem = problem or changed_inside
-    for i, call in enumerate(calls):
-        changed = changed_input(call, before[i])
-        if changed is not None:
-            problem = problem or f"call {i + 1} changed its input {changed}"
+    problem = problem or changed or _dtype_problem(first)
     if moved and problem is None:
         runs = (ready.case.repeats - 1) * len(calls)
         problem = f"{moved} of {runs} repeated calls gave other bits"
@@ -240,9 +247,14 @@ def _run_writes(
         if not isinstance(call, WriteInputs):
             continue
         before = writes.snapshot(call)
+        given = fingerprint(call)
         implementation.write(call)
+        changed = changed_input(call, given)
         with one_thread():
-            judged.append(writes.judge(call, before))
+            metrics = writes.judge(call, before)
+        if changed is not None:
+            metrics = replace(metrics, problem=f"changed its input {changed}")
+        judged.append(metrics)
     worst = max(range(len(judged)), key=lambda i: _badness(judged[i]))
     metrics = judged[worst]
     status = PASSED if metrics.passed else FAILED
@@ -302,7 +314,24 @@ def _own(output: Output) -> Output:
     return replace(output, out=output.out.clone(), lse=lse, max_logits=top)
 
 
-def _tensors(call: Inputs) -> dict[str, torch.Tensor]:
+def _dtype_problem(answers: Sequence[Output]) -> str | None:
+    """Outputs are bf16, statistics float32."""
+    for answer in answers:
+        for name, value, wanted in (
+            ("out", answer.out, torch.bfloat16),
+            ("lse", answer.lse, torch.float32),
+            ("max_logits", answer.max_logits, torch.float32),
+        ):
+            if value is not None and value.dtype != wanted:
+                return f"{name} is {value.dtype}, must be {wanted}"
+    return None
+
+
+def _tensors(call: Call) -> dict[str, torch.Tensor]:
+    """What a call must leave as it is, by name; also what lies around a tensor that is a slice."""
+    if isinstance(call, WriteInputs):
+        named = {"latent": call.latent, "rope": call.rope, "slots": call.slots}
+        return _compared(named)
     named = {
         "q": call.q,
         "indices": call.indices,
@@ -317,18 +346,24 @@ def _tensors(call: Inputs) -> dict[str, torch.Tensor]:
         if cache is not None:
             named[name] = writes.storage_bytes(cache)
             named[f"{name}.tensor_scale"] = cache.tensor_scale
-    return {
-        name: t
-        for name, t in named.items()
-        if t is not None and t.numel() * t.element_size() <= UNTOUCHED_BYTES
-    }
+    return _compared(named)
 
 
-def fingerprint(call: Inputs) -> dict[str, torch.Tensor]:
+def _compared(named: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    found = {name: t for name, t in named.items() if t is not None}
+    for name, t in list(found.items()):
+        whole = t.untyped_storage()
+        if whole.nbytes() != t.numel() * t.element_size():
+            around = torch.empty(0, dtype=torch.uint8, device=t.device).set_(whole)
+            found[f"{name} (memory beside it)"] = around
+    return {name: t for name, t in found.items() if t.numel() * t.element_size() <= UNTOUCHED_BYTES}
+
+
+def fingerprint(call: Call) -> dict[str, torch.Tensor]:
     return {name: t.clone() for name, t in _tensors(call).items()}
 
 
-def changed_input(call: Inputs, before: dict[str, torch.Tensor]) -> str | None:
+def changed_input(call: Call, before: dict[str, torch.Tensor]) -> str | None:
     """The first input whose bytes are no longer what they were."""
     for name, now in _tensors(call).items():
         a, b = now.contiguous(), before[name].contiguous()

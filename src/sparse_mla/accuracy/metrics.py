@@ -119,7 +119,8 @@ def compare(output: Output, expected: Expected, limit: float = DEFAULT_LIMIT) ->
     case = max(margin * float(plain.sum()), scale**2 * expected.tail_power) + fp32
     multiple = math.sqrt(float(error.sum()) / ideal_power) if ideal_power else 0.0
     budget = math.sqrt(case / ideal_power) if ideal_power else 0.0
-    gain = float(((out - ref) * ref).sum()) / total if total else 0.0
+    along = ((out - ref) * ref).sum(-1)
+    gain = float(along.sum()) / total if total else 0.0
     gain_budget = scale * (
         GAIN_FLOOR
         + abs(expected.ideal_gain)
@@ -144,6 +145,8 @@ def compare(output: Output, expected: Expected, limit: float = DEFAULT_LIMIT) ->
         problem = f"error is {multiple:.3g}x ideal, budget {budget:.3g}x"
     elif abs(gain) > gain_budget:
         problem = f"gain is {gain:+.2e}, budget {gain_budget:.2e}"
+    elif (part := _part_gain(along, norms, expected, scale)) is not None:
+        problem = part
     elif lse_ratio > 1:
         problem = f"lse is off by {lse_err:.2e}, budget {lse_budget:.2e}"
     elif top_ratio > 1:
@@ -170,6 +173,24 @@ def compare(output: Output, expected: Expected, limit: float = DEFAULT_LIMIT) ->
         worst_ref=ref[token, head].tolist(),
         **counts,
     )
+
+
+def _part_gain(
+    along: torch.Tensor, norms: torch.Tensor, expected: Expected, scale: float
+) -> str | None:
+    """A head or a query token whose gain is over its budget, from <error, ref> and |ref|^2."""
+    for name, dim, allowed in (
+        ("head", 0, expected.head_gain),
+        ("query token", 1, expected.token_gain),
+    ):
+        power = norms.sum(dim)
+        gains = along.sum(dim) / torch.where(power > 0, power, 1.0)
+        ratio = gains.abs() / (scale * allowed)
+        at = int(ratio.argmax())
+        if float(ratio[at]) > 1:
+            budget = scale * float(allowed[at])
+            return f"{name} {at}: gain is {float(gains[at]):+.2e}, budget {budget:.2e}"
+    return None
 
 
 def _worst(

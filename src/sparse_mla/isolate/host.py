@@ -339,14 +339,21 @@ class IsolatedProvider:
         return self._next - count
 
     def _send(self, worker: Worker, call: wire.Call) -> dict[str, Any]:
-        """Copy the call's storages that this caller has not sent yet; the call in JSON."""
+        """Copy the call's storages that this caller has not sent yet; the call in JSON.
+
+        Buffers that the call has refilled are sent again, into the same memory.
+        """
         views: dict[str, wire.View] = {}
         parts: list[list[int]] = []
         used = 0
+        refilled = {
+            buffer.untyped_storage().data_ptr() for buffer, _ in getattr(call, "contents", ())
+        }
         for name, tensor in wire.call_tensors(call).items():
             storage = wire.storage_bytes(tensor)
             key = (str(storage.device), storage.data_ptr(), storage.numel())
-            if key not in self._sent:
+            known = key in self._sent
+            if not known:
                 # Kept, so that no other storage gets this address while the key is in use.
                 self._sent[key] = (self._number(), storage)
                 number = self._sent[key][0]
@@ -354,7 +361,9 @@ class IsolatedProvider:
                 worker.ask(
                     {"do": "alloc", "id": number, "bytes": size, "device": str(tensor.device)}
                 )
-                for offset, piece in wire.pieces(storage):
+            if not known or storage.data_ptr() in refilled:
+                number = self._sent[key][0]
+                for offset, piece in wire.pieces(storage, zeros=known):
                     if used + piece.numel() > wire.BUFFER_BYTES:
                         worker.ask({"do": "fill", "parts": parts})
                         parts, used = [], 0

@@ -68,13 +68,13 @@ def storage_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
 
 
-def pieces(storage: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Offset and bytes of the pieces of a storage that are not all zero."""
+def pieces(storage: torch.Tensor, zeros: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
+    """Offset and bytes of the pieces of a storage, those that are all zero only with `zeros`."""
     for start in range(0, storage.numel(), CHUNK):
         piece = storage[start : start + CHUNK]
         aligned = piece.storage_offset() % 8 == 0 and piece.numel() % 8 == 0
         # Eight bytes at a time where they lie so: a large cache is looked through in a second.
-        if bool((piece.view(torch.int64) if aligned else piece).any()):
+        if zeros or bool((piece.view(torch.int64) if aligned else piece).any()):
             yield start, piece
 
 

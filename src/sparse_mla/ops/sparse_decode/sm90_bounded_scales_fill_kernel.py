@@ -64,11 +64,11 @@ C3 = gl.constexpr(3)
 BY_THREAD = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
 ROW_BY_THREAD = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
 
-# A program's unit is 2^-3 of (the power of two below) its first tile's largest scale; scales from
-# 2^-9 to 2^8 units are in bounds. Weights are p * scale in fp16 with p up to 2^7, so below 2^15,
+# A program's unit is 2^-10 of (the power of two below) its first tile's largest scale; scales from
+# 2^-2 to 2^15 units are in bounds. Weights are p * scale in fp16 with p up to 1, so at most 2^15,
 # and the lowest scale's lose bits (below 2^-14) only where p is below 2^-12 of the row's largest.
-LOWEST_SCALE = gl.constexpr(2.0**-9)
-HIGHEST_SCALE = gl.constexpr(2.0**8)
+LOWEST_SCALE = gl.constexpr(2.0**-2)
+HIGHEST_SCALE = gl.constexpr(2.0**15)
 
 # 32-bit words of half a row, [32 tokens, 64 words]. Gather: 16 lanes copy 256 contiguous bytes.
 GATHER = gl.constexpr(
@@ -180,9 +180,9 @@ def load_tile_scales(
 
 @gluon.jit
 def unit_of(scale):
-    """2^-3 of the power of two below the largest scale, within 2^+-63, and 1 / it, float32 bits."""
+    """2^-10 of the power of two below the largest scale, 2^-70 to 2^50, and 1 / it, as bits."""
     exponent = gl.max(gl.max((scale.to(gl.int32, bitcast=True) >> 23) & 0xFF, 1), 0)
-    exponent = gl.where(exponent == 0, 127, gl.minimum(gl.maximum(exponent, 67), 187)) - 3
+    exponent = gl.where(exponent == 0, 127, gl.minimum(gl.maximum(exponent, 67), 187)) - 10
     return exponent << 23, (254 - exponent) << 23
 
 

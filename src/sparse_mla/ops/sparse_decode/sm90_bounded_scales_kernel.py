@@ -140,7 +140,7 @@ def wait_half(bars, half):
 
 @gluon.jit
 def softmax(s, biases, stage, factor, peak, fraction):
-    """p [64, 64] relative to 2^base, the new peak and base; log2 domain.
+    """p [64, 64] relative to 2^base, at most 1, the new peak and base; log2 domain.
 
     base + fraction is an integer. The minimum with +-inf masks invalid tokens even where q is
     NaN: it drops NaN for the other operand, and +inf for a NaN logit still ends as NaN.
@@ -286,8 +286,8 @@ def attend_left(
     mbarrier.wait(bars.index(Q_FULL), 0)
     row = gl.arange(0, 64, layout=S_ROW)
     ok = row < heads
-    # p reaches 2^7; the fraction of the base differs by head.
-    fraction = ((row * 37) & 63).to(gl.float32) * (1.0 / 64) + 7.0
+    # Differs by head, so that equal logits do not all round the same way.
+    fraction = ((row * 37) & 63).to(gl.float32) * (1.0 / 64)
 
     peak = gl.full([64], float("-inf"), gl.float32, layout=S_ROW)
     k = latent.index(K_SLOTS + wait_half(bars, 0))

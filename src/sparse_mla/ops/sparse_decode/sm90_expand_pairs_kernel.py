@@ -71,116 +71,14 @@ def scaled(acc, decay):
 
 
 @gluon.jit
-def publish(shared, weights, base, HALF: gl.constexpr, zero, when):
+def publish(shared, weights, base, HALF: gl.constexpr, zero):
     """Hand a tile's weights and the running maximum to the other consumer."""
     own_p = shared.p0 if HALF == 0 else shared.p1
     shared.base.index(HALF).store(base)
     own_p.index(zero).store(weights)
     fence_async_shared()
     barrier()
-    mbarrier.arrive(shared.p_full.index(HALF), count=1, pred=when)
-
-
-@gluon.jit
-def attend_even(shared, pairs, done, scale_log2, ROUNDED_SUMS: gl.constexpr):
-    """The left consumer's part, see `attend_pairs`.
-
-    The next even tile's logits come before the odd tile's weights are waited for, its softmax while
-    these are applied.
-    """
-    base = gl.full([TILE], -INF, gl.float32, layout=LOGIT_ROWS)
-    acc = gl.zeros([TILE, 256], gl.float32, layout=OUT)
-    zero = opaque_zero(pairs)
-    s = left_logits(shared, 0, zero, done & 1)
-    s = logits(shared, s, 0, zero, done & 1, scale_log2)
-    even_base = gl.max(s, 1)
-    p = exp2(s - finite(even_base)[:, None])
-    weights, p_rounded = round_weights(p)
-    publish(shared, weights, even_base, 0, zero, True)
-    exact = gl.sum(p, 1)
-    rounded = exact
-    if ROUNDED_SUMS:
-        rounded = gl.sum(p_rounded, 1)
-    decay = exp2(base - finite(even_base))
-    for j in range(pairs):
-        zero = opaque_zero(j)
-        phase = (done + j) & 1
-        acc = scaled(acc, decay)
-        own = gl.convert_layout(weights, WEIGHTS)
-        acc = warpgroup_mma(own, shared.k_left.index(zero), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        barrier()
-        mbarrier.arrive(shared.left_free.index(0), count=1)
-
-        more = j < pairs - 1
-        if more:
-            s = left_logits(shared, 0, zero, phase ^ 1)
-            s = logits(shared, s, 0, zero, phase ^ 1, scale_log2)
-        else:
-            s = gl.zeros([TILE, TILE], gl.float32, layout=LOGITS)
-        mbarrier.wait(shared.p_full.index(1), phase)
-        base = shared.base.index(1).load(LOGIT_ROWS)
-        decay = exp2(even_base - finite(base))
-        acc = scaled(acc, decay)
-        acc = warpgroup_mma(
-            shared.p1.index(zero), shared.k_left.index(1 + zero), acc, is_async=True
-        )
-        # Of no use after the last pair, and not handed over.
-        even_base = gl.maximum(base, gl.max(s, 1))
-        p = exp2(s - finite(even_base)[:, None])
-        weights, p_rounded = round_weights(p)
-        publish(shared, weights, even_base, 0, zero, more)
-        exact = exact * decay
-        if ROUNDED_SUMS:
-            rounded = rounded * decay
-        decay = exp2(base - finite(even_base))
-        exact = gl.where(more, exact * decay + gl.sum(p, 1), exact)
-        if ROUNDED_SUMS:
-            rounded = gl.where(more, rounded * decay + gl.sum(p_rounded, 1), rounded)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        barrier()
-        # The last pair's tile becomes the staging buffer of the output first.
-        mbarrier.arrive(shared.left_free.index(1), count=1, pred=more)
-    return acc, base, exact, rounded
-
-
-@gluon.jit
-def attend_odd(shared, pairs, done, scale_log2, ROUNDED_SUMS: gl.constexpr):
-    """The right consumer's part, see `attend_pairs`."""
-    base = gl.full([TILE], -INF, gl.float32, layout=LOGIT_ROWS)
-    exact = gl.zeros([TILE], gl.float32, layout=LOGIT_ROWS)
-    rounded = exact
-    acc = gl.zeros([TILE, 256], gl.float32, layout=OUT)
-    for j in range(pairs):
-        zero = opaque_zero(j)
-        phase = (done + j) & 1
-        mbarrier.wait(shared.p_full.index(0), phase)
-        even_base = shared.base.index(0).load(LOGIT_ROWS)
-        decay = exp2(base - finite(even_base))
-        acc = scaled(acc, decay)
-        acc = warpgroup_mma(shared.p0.index(zero), shared.k_right.index(zero), acc, is_async=True)
-        s = left_logits(shared, 1, zero, phase)
-        acc = warpgroup_mma_wait(1, deps=[acc])
-        barrier()
-        mbarrier.arrive(shared.right_free.index(0), count=1)
-
-        s = logits(shared, s, 1, zero, phase, scale_log2)
-        base = gl.maximum(even_base, gl.max(s, 1))
-        p = exp2(s - finite(base)[:, None])
-        weights, p_rounded = round_weights(p)
-        publish(shared, weights, base, 1, zero, True)
-        odd_decay = exp2(even_base - finite(base))
-        acc = scaled(acc, odd_decay)
-        own = gl.convert_layout(weights, WEIGHTS)
-        acc = warpgroup_mma(own, shared.k_right.index(1 + zero), acc, is_async=True)
-        exact = exact * (decay * odd_decay) + gl.sum(p, 1)
-        if ROUNDED_SUMS:
-            rounded = rounded * (decay * odd_decay) + gl.sum(p_rounded, 1)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        barrier()
-        # The last pair's tile becomes the staging buffer of the output first.
-        mbarrier.arrive(shared.right_free.index(1), count=1, pred=j < pairs - 1)
-    return acc, base, exact, rounded
+    mbarrier.arrive(shared.p_full.index(HALF), count=1)
 
 
 @gluon.jit
@@ -197,8 +95,66 @@ def attend_pairs(
     Returns acc [64, 256], not normalised, the running maximum and the sums over the own tiles of P
     and of P as it was rounded. The last odd tile's values stay the consumer's.
     """
-    if HALF == 0:
-        acc, base, exact, rounded = attend_even(shared, pairs, done, scale_log2, ROUNDED_SUMS)
-    else:
-        acc, base, exact, rounded = attend_odd(shared, pairs, done, scale_log2, ROUNDED_SUMS)
+    values = shared.k_left if HALF == 0 else shared.k_right
+    values_free = shared.left_free if HALF == 0 else shared.right_free
+    base = gl.full([TILE], -INF, gl.float32, layout=LOGIT_ROWS)
+    exact = gl.zeros([TILE], gl.float32, layout=LOGIT_ROWS)
+    rounded = exact
+    acc = gl.zeros([TILE, 256], gl.float32, layout=OUT)
+    for j in range(pairs):
+        zero = opaque_zero(j)
+        phase = (done + j) & 1
+        if HALF == 0:
+            s = left_logits(shared, 0, zero, phase)
+            s = logits(shared, s, 0, zero, phase, scale_log2)
+            even_base = gl.maximum(base, gl.max(s, 1))
+            p = exp2(s - finite(even_base)[:, None])
+            weights, p_rounded = round_weights(p)
+            publish(shared, weights, even_base, 0, zero)
+            decay = exp2(base - finite(even_base))
+            acc = scaled(acc, decay)
+            own = gl.convert_layout(weights, WEIGHTS)
+            acc = warpgroup_mma(own, values.index(zero), acc, is_async=True)
+            exact = exact * decay + gl.sum(p, 1)
+            if ROUNDED_SUMS:
+                rounded = rounded * decay + gl.sum(p_rounded, 1)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            barrier()
+            mbarrier.arrive(values_free.index(0), count=1)
+
+            mbarrier.wait(shared.p_full.index(1), phase)
+            base = shared.base.index(1).load(LOGIT_ROWS)
+            decay = exp2(even_base - finite(base))
+            exact = exact * decay
+            if ROUNDED_SUMS:
+                rounded = rounded * decay
+            acc = scaled(acc, decay)
+            acc = warpgroup_mma(shared.p1.index(zero), values.index(1 + zero), acc, is_async=True)
+        else:
+            mbarrier.wait(shared.p_full.index(0), phase)
+            even_base = shared.base.index(0).load(LOGIT_ROWS)
+            decay = exp2(base - finite(even_base))
+            acc = scaled(acc, decay)
+            acc = warpgroup_mma(shared.p0.index(zero), values.index(zero), acc, is_async=True)
+            s = left_logits(shared, 1, zero, phase)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            barrier()
+            mbarrier.arrive(values_free.index(0), count=1)
+
+            s = logits(shared, s, 1, zero, phase, scale_log2)
+            base = gl.maximum(even_base, gl.max(s, 1))
+            p = exp2(s - finite(base)[:, None])
+            weights, p_rounded = round_weights(p)
+            publish(shared, weights, base, 1, zero)
+            odd_decay = exp2(even_base - finite(base))
+            acc = scaled(acc, odd_decay)
+            own = gl.convert_layout(weights, WEIGHTS)
+            acc = warpgroup_mma(own, values.index(1 + zero), acc, is_async=True)
+            exact = exact * (decay * odd_decay) + gl.sum(p, 1)
+            if ROUNDED_SUMS:
+                rounded = rounded * (decay * odd_decay) + gl.sum(p_rounded, 1)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        barrier()
+        # The last pair's tile becomes the staging buffer of the output first.
+        mbarrier.arrive(values_free.index(1), count=1, pred=j < pairs - 1)
     return acc, base, exact, rounded

@@ -1,0 +1,472 @@
+"""Cases off the beaten path: sizes past the usual ones, strides of every kind, buffers used again.
+
+Each of them lets a wrong kernel show that every ordinary case lets pass: one that knows the sizes,
+the strides or the sinks of models only, or that looks at what a buffer held before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from .case import Case, Inputs
+from .case_drawn import both, drawn
+from .case_inputs import INT_MAX, INT_MIN, Draw, Extra, draw, made_tokens, move, normal, rng
+from .case_special import boundary_slots, large_cache
+from .cases_dense import Sequences, draw_sequences, seen
+from .token_bytes import write_tokens
+
+Build = Callable[[int, str, torch.device], list[Inputs]]
+
+
+def _made(name: str, about: str, shows: tuple[str, ...], build: Build, repeats: int = 1) -> Case:
+    def with_name(seed: int, device: torch.device) -> list[Inputs]:
+        return build(seed, name, device)
+
+    return Case(name, name.split("/")[0], about, shows, with_name, repeats)
+
+
+def _sizes() -> list[Case]:
+    long = ("list_cut", "merge_wrong_log_base", "splits_averaged")
+    return [
+        *both(
+            "topk/5000",
+            "5000 indices: longer than models' lists",
+            long,
+            b=1,
+            prefill_s_q=1,
+            h=4,
+            topk=5000,
+        ),
+        *both("topk/5", "5 indices", b=3, h=8, topk=5),
+        drawn("decode/batch/200", "200 sequences", b=200, h=2, topk=24),
+        drawn(
+            "prefill/tokens/200",
+            "200 query tokens",
+            op="prefill",
+            layout="bf16",
+            page_size=1,
+            s_q=200,
+            h=2,
+            topk=24,
+        ),
+        drawn("decode/s_q/9", "nine query tokens", ("first_query_indices",), s_q=9, h=4, topk=40),
+        drawn(
+            "decode/s_q/2_heads_128",
+            "two query tokens of 128 heads",
+            ("first_query_indices",),
+            s_q=2,
+            b=2,
+            h=128,
+            topk=70,
+        ),
+        drawn(
+            "decode/s_q/4_heads_80/bf16",
+            "four query tokens of 80 heads, bf16 cache",
+            ("first_query_indices",),
+            layout="bf16",
+            s_q=4,
+            b=2,
+            h=80,
+            topk=70,
+        ),
+        drawn("decode/page_size/1000", "1000 tokens per page", page_size=1000, topk=1200, h=4, b=2),
+        *both(
+            "lengths/extremes",
+            "lengths of INT_MAX and INT_MIN, -1, and one past a multiple of 64",
+            ("length_wraps", "topk_length_one_short"),
+            topk=192,
+            lengths=(INT_MAX, 65, INT_MIN, -1),
+        ),
+    ]
+
+
+def _memory() -> list[Case]:
+    strides = ("packed_page_stride",)
+    pool = ("storage_offset_ignored", *strides)
+    cases = [
+        drawn(
+            f"decode/row_stride/{layout}",
+            f"{layout}, {pad} bytes after each token, in a pool that begins elsewhere",
+            pool,
+            layout=layout,
+            row_pad=pad,
+            page_pad=256,
+            base=4096 + 16,
+            page_size=16,
+            topk=100,
+            h=8,
+        )
+        for layout, pad in (("v32_fp8", 112), ("bf16", 128), ("glm53_nope_fp8", 128))
+    ]
+    cases += [
+        drawn(
+            "decode/pool/v4_fp8",
+            "v4_fp8 pages of a pool that begins elsewhere",
+            pool,
+            layout="v4_fp8",
+            page_pad=4096,
+            base=4096 + 16,
+            page_size=16,
+            topk=100,
+            h=8,
+        ),
+        drawn(
+            "prefill/row_stride/bf16",
+            "rows further apart than they are wide, in a pool that begins elsewhere",
+            pool,
+            op="prefill",
+            layout="bf16",
+            row_pad=128,
+            base=4096 + 16,
+            page_size=1,
+            s_q=4,
+            topk=100,
+            h=8,
+        ),
+        *both(
+            "permuted",
+            "q and indices in memory by heads and query tokens first",
+            ("strides_from_shape",),
+            b=3,
+            s_q=2,
+            h=6,
+            topk=70,
+            permuted=True,
+        ),
+        drawn(
+            "decode/extra/permuted",
+            "q and both lists in memory by query tokens first",
+            ("strides_from_shape",),
+            layout="v4_fp8",
+            b=3,
+            s_q=2,
+            h=6,
+            topk=70,
+            permuted=True,
+            extra=Extra("v4_fp8", topk=50, page_size=2),
+        ),
+        _made(
+            "decode/shared_list",
+            "one list, expanded over all sequences and query tokens",
+            ("strides_from_shape",),
+            _shared_list,
+        ),
+        _made(
+            "decode/sliced",
+            "two of three query tokens of a longer q and list",
+            ("strides_from_shape",),
+            _sliced,
+        ),
+        _made(
+            "decode/extra/offsets",
+            "a second cache past 2^31 and 2^32 bytes beside a small one",
+            ("int32_overflow", "uint32_overflow"),
+            _large_extra,
+        ),
+    ]
+    return cases
+
+
+def _shared_list(seed: int, name: str, device: torch.device) -> list[Inputs]:
+    inputs = draw(Draw(b=4, s_q=2, h=8, topk=100), seed, name, device)
+    return [replace(inputs, indices=inputs.indices[:1, :1].expand(4, 2, -1))]
+
+
+def _sliced(seed: int, name: str, device: torch.device) -> list[Inputs]:
+    """The first two of three query tokens; the third is NaN, its list valid-looking."""
+    inputs = draw(Draw(b=3, s_q=2, h=6, topk=70), seed, name, device)
+    q = torch.full((3, 3, 6, 576), float("nan"), dtype=inputs.q.dtype, device=device)
+    q[:, :2] = inputs.q
+    lists = inputs.indices[:, :1].repeat(1, 3, 1)
+    lists[:, :2] = inputs.indices
+    return [replace(inputs, q=q[:, :2], indices=lists[:, :2])]
+
+
+def _large_extra(seed: int, name: str, device: torch.device) -> list[Inputs]:
+    """A small cache beside one past 2^32 bytes."""
+    g = rng(seed, name)
+    inputs = draw(Draw(layout="v4_fp8", b=3, h=4, topk=40), seed, name, device)
+    layout = inputs.cache.layout
+    cache = large_cache(layout.name, 64, None, device)
+    slots = boundary_slots(cache)
+    latent, rope = normal(g, len(slots), layout.latent.count), normal(g, len(slots), 64)
+    write_tokens(cache, slots, made_tokens(layout, latent, rope, "amax", g))
+    lists = torch.stack([slots[torch.randperm(len(slots), generator=g)] for _ in range(3)])
+    lists = lists.unsqueeze(1).int().to(device)
+    return [replace(inputs, extra_cache=cache, extra_indices=lists)]
+
+
+def _options() -> list[Case]:
+    """Scales, sinks and lengths that models do not have, or not together."""
+    scale = ("softmax_scale_ignored",)
+    heads = tuple(-2.0 + 8.3 * ((37 * head) % 128) / 128 for head in range(128))
+    cases = [
+        *both("scale", "a softmax scale of its own", scale, scale_by=1.37, h=8, topk=100),
+        drawn(
+            "decode/extra/scale",
+            "a softmax scale of its own, two caches",
+            scale,
+            layout="v4_fp8",
+            scale_by=0.61,
+            h=8,
+            topk=70,
+            extra=Extra("v4_fp8", topk=50, page_size=2),
+        ),
+        *both(
+            "sink/heads_128",
+            "a sink with a long mantissa for each of 128 heads",
+            ("sink_rounded", "sink_wrong_head", "sink_ignored"),
+            sink=heads,
+            h=128,
+            b=2,
+            topk=96,
+            prefill_s_q=2,
+        ),
+        *both(
+            "sink/overflow",
+            "lse near 200, sinks beside it and 1000 away: neither has an exponential in fp32",
+            ("sink_overflow",),
+            logit_mean=200.0,
+            sink=(199.3, 204.7, 1200.0, -1000.0, -3e38, 3e38),
+            h=6,
+            topk=100,
+        ),
+        *both(
+            "logits/very_positive",
+            "all logits near 7e4, past what fp16 holds",
+            ("logits_clamped",),
+            logit_mean=7e4,
+            b=2,
+            h=4,
+            topk=100,
+        ),
+    ]
+    for which, main, extra in (("main", (70, 9, 0), None), ("extra", None, (50, 9, 0))):
+        cases.append(
+            drawn(
+                f"decode/extra/lengths_of_{which}",
+                f"lengths for the {which} list only, no poison behind them",
+                ("extra_length_on_main", "topk_length_ignored"),
+                layout="v4_fp8",
+                b=3,
+                h=8,
+                topk=70,
+                page_size=16,
+                full=True,
+                lengths=main,
+                extra=Extra("v4_fp8", topk=50, page_size=16, lengths=extra),
+            )
+        )
+    return cases
+
+
+def _sharp() -> list[Case]:
+    """Many rows and tokens, all of which share a mean: a small gain has nothing to hide behind."""
+    return both(
+        "gain",
+        "32 query tokens, 512 indices each, tokens with a common mean: gains of 1.5e-4 show",
+        values="shifted",
+        b=32,
+        prefill_s_q=32,
+        h=8,
+        topk=512,
+    )
+
+
+def _nan_beside(
+    op: str, layout: str, s_q: int, extra: bool = False
+) -> Callable[[int, str, torch.device], list[Inputs]]:
+    """NaN in one query and in a token that another query selects; rows beside them stay clean."""
+
+    def build(seed: int, name: str, device: torch.device) -> list[Inputs]:
+        spec = Draw(
+            op=op,
+            layout=layout,
+            b=6,
+            s_q=s_q,
+            h=4,
+            topk=64,
+            page_size=64 if op == "decode" else 1,
+            extra=Extra(layout, topk=20) if extra else None,
+        )
+        inputs = draw(spec, seed, name, device)
+        q = inputs.q.view(-1, 4, inputs.q.shape[-1])
+        q[1, 2, 17], q[-2, 0, 500] = float("nan"), float("-inf")
+        lists = inputs.extra_indices if extra else inputs.indices
+        assert lists is not None
+        lists = lists.clone()
+        lists.view(-1, lists.shape[-1])[4, 5] = 0
+        if extra:
+            return [replace(inputs, extra_indices=lists)]
+        return [replace(inputs, indices=lists)]
+
+    return build
+
+
+def _nan_dense(seed: int, name: str, device: torch.device) -> list[Inputs]:
+    spec = Sequences(lengths=(70, 130, 64, 33), s_q=2, h=4)
+    made = draw_sequences(spec, seed, name, device)
+    made.q[1, 0, 2, 17] = float("nan")
+    assert made.block_table is not None
+    row = made.cache.rows_view().view(torch.bfloat16)
+    row[int(made.block_table[2, 0]), 5, 100] = float("nan")
+    return [made]
+
+
+def _contained() -> list[Case]:
+    shows = ("nan_spreads",)
+    about = "NaN and Inf in two queries and in a selected token"
+    return [
+        _made(f"{op}/nan/{name}", f"{about}, {words}", shows, _nan_beside(op, layout, s_q, extra))
+        for op, name, words, layout, s_q, extra in (
+            ("decode", "s_q", "three query tokens a sequence", "v32_fp8", 3, False),
+            ("decode", "bf16", "bf16 cache", "bf16", 1, False),
+            ("decode", "extra", "the token in the second cache", "v4_fp8", 2, True),
+            ("prefill", "contained", "prefill", "bf16", 8, False),
+        )
+    ] + [_made("dense_decode/nan", f"{about} of dense sequences", shows, _nan_dense)]
+
+
+def _dense() -> list[Case]:
+    def drawn_dense(name: str, about: str, shows: tuple[str, ...], spec: Sequences) -> Case:
+        def build(seed: int, name: str, device: torch.device) -> list[Inputs]:
+            return [draw_sequences(spec, seed, name, device)]
+
+        return _made(f"dense_decode/{name}", about, shows, build)
+
+    def scaled(seed: int, name: str, device: torch.device) -> list[Inputs]:
+        made = draw_sequences(Sequences(h=8), seed, name, device)
+        return [replace(made, scale=1.37 * made.scale)]
+
+    def past_table(seed: int, name: str, device: torch.device) -> list[Inputs]:
+        spec = Sequences(lengths=(256, 256, 256, 100), h=8, spare=0)
+        made = draw_sequences(spec, seed, name, device)
+        lengths = torch.tensor([256, 300, INT_MAX, 100], dtype=torch.int32, device=device)
+        made = replace(made, cache_seqlens=lengths)
+        return [replace(made, indices=seen(made))]
+
+    def slices(seed: int, name: str, device: torch.device) -> list[Inputs]:
+        made = draw_sequences(
+            Sequences(lengths=(200, 64, 131), s_q=2, causal=True, h=6), seed, name, device
+        )
+        assert made.block_table is not None
+        table = made.block_table.cpu()
+        wide = torch.zeros(len(table), table.shape[1] + 5, dtype=torch.int32)
+        wide[:, : table.shape[1]] = table
+        q = made.q.permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)
+        return [replace(made, q=q, block_table=move(wide[:, : table.shape[1]], device))]
+
+    return [
+        drawn_dense(
+            "batch/40", "forty sequences", (), Sequences(tuple(range(1, 201, 5)), h=2, page_size=16)
+        ),
+        drawn_dense(
+            "long", "4100 tokens and 7", ("list_cut",), Sequences((4100, 7), h=4, causal=True)
+        ),
+        _made(
+            "dense_decode/scale",
+            "a softmax scale of its own",
+            ("softmax_scale_ignored",),
+            scaled,
+        ),
+        _made(
+            "dense_decode/lengths/past_table",
+            "lengths past what the block table holds: the rest counts as absent",
+            (),
+            past_table,
+        ),
+        _made(
+            "dense_decode/strided",
+            "q in memory by heads first, a block table that is a slice of a wider one",
+            ("strides_from_shape",),
+            slices,
+        ),
+    ]
+
+
+def _same_buffers(
+    first: Draw, second: Draw, seed: int, name: str, device: torch.device
+) -> list[Inputs]:
+    """Two calls in the same memory, as a CUDA graph replays them; the second has other contents."""
+    calls = [draw(spec, seed, f"{name}/{i}", device) for i, spec in enumerate((first, second))]
+    names = ("q", "indices", "topk_length", "attn_sink", "extra_indices")
+    kept = calls[0]
+    made = []
+    for call in calls:
+        pairs = [(kept.cache.pages, call.cache.pages.clone())]
+        if kept.extra_cache is not None and call.extra_cache is not None:
+            pairs.append((kept.extra_cache.pages, call.extra_cache.pages.clone()))
+        for part in names:
+            buffer, held = getattr(kept, part), getattr(call, part)
+            if buffer is not None:
+                pairs.append((buffer, held.clone()))
+        made.append(replace(kept, contents=tuple(pairs)))
+    return made
+
+
+def _again() -> list[Case]:
+    shows = ("stale_buffers", "stale_metadata")
+    about = "the same memory for every call, filled anew each time: cache, q, lists, lengths"
+
+    def plain(seed: int, name: str, device: torch.device) -> list[Inputs]:
+        spec = Draw(b=3, h=8, topk=192, page_size=16, lengths=(17, 192, 64), sink=(1.0, -1.0))
+        other = replace(spec, lengths=(192, 3, 130), sink=(-2.0, 3.0), holes="random")
+        return _same_buffers(spec, other, seed, name, device)
+
+    def two_caches(seed: int, name: str, device: torch.device) -> list[Inputs]:
+        spec = Draw(layout="v4_fp8", b=3, h=8, topk=64, extra=Extra("v4_fp8", topk=70, page_size=2))
+        return _same_buffers(spec, replace(spec, holes="front"), seed, name, device)
+
+    def rows(seed: int, name: str, device: torch.device) -> list[Inputs]:
+        spec = Draw(op="prefill", layout="bf16", page_size=1, s_q=4, h=8, topk=100)
+        return _same_buffers(spec, replace(spec, holes="random"), seed, name, device)
+
+    def same_cache(seed: int, name: str, device: torch.device) -> list[Inputs]:
+        first, second = (
+            draw(Draw(b=4, h=8, topk=128), seed, f"{name}/{i}", device) for i in range(2)
+        )
+        lists = first.indices.flip(0, 2).clone()
+        return [first, replace(first, q=second.q, indices=lists)]
+
+    return [
+        _made("decode/stale/same_buffers", about, shows, plain),
+        _made("decode/stale/same_buffers/extra", about, shows, two_caches),
+        _made("prefill/stale/same_buffers", about, shows, rows),
+        _made(
+            "decode/stale/same_cache", "other queries over the same cache", shows[1:], same_cache
+        ),
+        drawn(
+            "decode/repeats/extra",
+            "two caches, 5 times the same call, bit for bit",
+            ("race",),
+            layout="v4_fp8",
+            b=2,
+            h=8,
+            topk=512,
+            repeats=5,
+            extra=Extra("v4_fp8", topk=128, page_size=2),
+        ),
+        _made(
+            "dense_decode/repeats",
+            "5 times the same call, bit for bit",
+            ("race",),
+            lambda seed, name, device: [
+                draw_sequences(Sequences((700, 300), h=8), seed, name, device)
+            ],
+            repeats=5,
+        ),
+    ]
+
+
+SELDOM_CASES: tuple[Case, ...] = (
+    *_sizes(),
+    *_memory(),
+    *_options(),
+    *_sharp(),
+    *_contained(),
+    *_dense(),
+    *_again(),
+)
