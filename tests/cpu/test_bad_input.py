@@ -462,8 +462,9 @@ def test_kv_cache_from_tensor(
     if torch.Size(shape).numel() > 2**22:
         return
     tensor = torch.zeros(shape).to(dtype)
+    scale = scale_of(LAYOUTS[layout]) if layout in LAYOUTS else None
     try:
-        cache = KVCache.from_tensor(tensor, layout, page_size)
+        cache = KVCache.from_tensor(tensor, layout, page_size, tensor_scale=scale)
     except ValueError as error:
         assert re.match(r"(tensor|layout|page_size) ", str(error))
         return
