@@ -39,7 +39,7 @@ BF16_RMS = 2.0**-8 / math.sqrt(3) * math.sqrt(3 / (8 * math.log(2)))
 FP32_ULP = 2.0**-24
 
 UNDERFLOW = 2.0**-126
-"""Below it bf16 and fp32 lose bits, and a GPU may take them for 0: any output may be off by this."""
+"""Below it bf16 and fp32 lose bits, and a GPU may take them for 0: outputs may be off by this."""
 
 DEFAULT_LIMIT = 1.7
 """Case budget in multiples of ideal rounding for kappa = 1."""

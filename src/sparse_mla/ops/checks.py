@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from .. import dispatch
@@ -82,11 +80,13 @@ def check_vector(
 
 
 def check_scale(scale: float | None, d_qk: int, name: str = "scale") -> float:
-    """The softmax scale, d_qk ** -0.5 by default; must be finite."""
+    """The softmax scale, d_qk ** -0.5 by default; must be finite in float32."""
     if scale is None:
         return float(d_qk) ** -0.5
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise ValueError(f"{name} is {scale!r}, must be a finite number")
+    if not abs(scale) <= torch.finfo(torch.float32).max:  # also NaN
+        raise ValueError(f"{name} is {scale!r}, must be a finite number in float32")
     return float(scale)
 
 
