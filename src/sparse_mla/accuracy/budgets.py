@@ -38,6 +38,9 @@ BF16_MAX_ERROR = 2.0**-8
 BF16_RMS = 2.0**-8 / math.sqrt(3) * math.sqrt(3 / (8 * math.log(2)))
 FP32_ULP = 2.0**-24
 
+UNDERFLOW = 2.0**-126
+"""Below it bf16 and fp32 lose bits, and a GPU may take them for 0: outputs may be off by this."""
+
 DEFAULT_LIMIT = 1.7
 """Case budget in multiples of ideal rounding for kappa = 1."""
 
@@ -340,10 +343,12 @@ def _token_noise(
     lse_error = mean_error + FP32_ULP * (8 + 2 * lse.abs() + 4 * math.sqrt(float(counts.sum())))
     norms = out.norm(dim=1)
     fp32 = 16 * ((w * logit_error).square() @ values.square().sum(1))
-    fp32 = fp32 + (2.0**-20) ** 2 * (trace + norms.square())
+    fp32 = fp32 + (2.0**-20) ** 2 * (trace + norms.square()) + out.shape[-1] * UNDERFLOW**2
     if sink is not None:
         offset = torch.where(torch.isfinite(sink), (lse - sink).abs(), 0.0)
         fp32 = fp32 + (norms * (lse_error + FP32_ULP * offset)).square()
+        # The factor itself may be so small, and the values so large that it counts.
+        fp32 = fp32 + (UNDERFLOW * unit * (p32 @ size.sqrt()).double()).square()
     return _TokenNoise(
         trace=trace,
         frobenius=frobenius,

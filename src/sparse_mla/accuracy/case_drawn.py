@@ -1,13 +1,16 @@
-"""Cases of one call that a `Draw` describes, in one line each."""
+"""Short ways to write a case: one call that a `Draw` describes, or a function that makes it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .case import Case, Inputs
 from .case_inputs import Draw, draw
+
+Build = Callable[[int, str, torch.device], list[Inputs]]
 
 
 def drawn(
@@ -42,3 +45,14 @@ def both(
             **{**fields, "op": "prefill", "layout": layout, "page_size": 1, **sizes},
         ),
     ]
+
+
+def made_case(
+    name: str, about: str, shows: tuple[str, ...], build: Build, repeats: int = 1
+) -> Case:
+    """A case that a function makes, from the seed and the case's name."""
+
+    def with_name(seed: int, device: torch.device) -> list[Inputs]:
+        return build(seed, name, device)
+
+    return Case(name, name.split("/")[0], about, shows, with_name, repeats)

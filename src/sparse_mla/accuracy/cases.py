@@ -17,6 +17,7 @@ from .case import Case, Inputs
 from .case_inputs import Draw, Extra, draw
 from .case_special import SPECIAL_CASES
 from .case_writes import WRITE_CASES
+from .cases_beside import BESIDE_CASES
 from .cases_dense import DENSE_CASES
 from .cases_layouts import LAYOUT_CASES
 from .cases_seldom import SELDOM_CASES
@@ -32,6 +33,7 @@ CASES: tuple[Case, ...] = (
     *LAYOUT_CASES,
     *DENSE_CASES,
     *SELDOM_CASES,
+    *BESIDE_CASES,
     *WRITE_CASES,
 )
 

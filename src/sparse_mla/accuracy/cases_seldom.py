@@ -1,31 +1,22 @@
-"""Cases off the beaten path: sizes past the usual ones, strides of every kind, buffers used again.
+"""Cases off the beaten path: sizes past the usual ones, strides and options of every kind.
 
-Each of them lets a wrong kernel show that every ordinary case lets pass: one that knows the sizes,
-the strides or the sinks of models only, or that looks at what a buffer held before.
+Each of them shows a wrong kernel that every ordinary case lets pass: one that knows the sizes, the
+strides or the sinks of models only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
+from ..kv_cache import KVCache
 from .case import Case, Inputs
-from .case_drawn import both, drawn
+from .case_drawn import both, drawn, made_case
 from .case_inputs import INT_MAX, INT_MIN, Draw, Extra, draw, made_tokens, move, normal, rng
 from .case_special import boundary_slots, large_cache
 from .cases_dense import Sequences, draw_sequences, seen
 from .token_bytes import write_tokens
-
-Build = Callable[[int, str, torch.device], list[Inputs]]
-
-
-def _made(name: str, about: str, shows: tuple[str, ...], build: Build, repeats: int = 1) -> Case:
-    def with_name(seed: int, device: torch.device) -> list[Inputs]:
-        return build(seed, name, device)
-
-    return Case(name, name.split("/")[0], about, shows, with_name, repeats)
 
 
 def _sizes() -> list[Case]:
@@ -80,7 +71,18 @@ def _sizes() -> list[Case]:
             topk=192,
             lengths=(INT_MAX, 65, INT_MIN, -1),
         ),
+        made_case(
+            "decode/cache/empty",
+            "a cache without pages: whatever the lists hold, nothing is valid",
+            ("empty_row_nan", "empty_row_lse"),
+            _no_pages,
+        ),
     ]
+
+
+def _no_pages(seed: int, name: str, device: torch.device) -> list[Inputs]:
+    inputs = draw(Draw(b=2, h=8, topk=70), seed, name, device)
+    return [replace(inputs, cache=KVCache.empty(0, 64, device=device))]
 
 
 def _memory() -> list[Case]:
@@ -148,19 +150,19 @@ def _memory() -> list[Case]:
             permuted=True,
             extra=Extra("v4_fp8", topk=50, page_size=2),
         ),
-        _made(
+        made_case(
             "decode/shared_list",
             "one list, expanded over all sequences and query tokens",
             ("strides_from_shape",),
             _shared_list,
         ),
-        _made(
+        made_case(
             "decode/sliced",
             "two of three query tokens of a longer q and list",
             ("strides_from_shape",),
             _sliced,
         ),
-        _made(
+        made_case(
             "decode/extra/offsets",
             "a second cache past 2^31 and 2^32 bytes beside a small one",
             ("int32_overflow", "uint32_overflow"),
@@ -276,66 +278,12 @@ def _sharp() -> list[Case]:
     )
 
 
-def _nan_beside(
-    op: str, layout: str, s_q: int, extra: bool = False
-) -> Callable[[int, str, torch.device], list[Inputs]]:
-    """NaN in one query and in a token that another query selects; rows beside them stay clean."""
-
-    def build(seed: int, name: str, device: torch.device) -> list[Inputs]:
-        spec = Draw(
-            op=op,
-            layout=layout,
-            b=6,
-            s_q=s_q,
-            h=4,
-            topk=64,
-            page_size=64 if op == "decode" else 1,
-            extra=Extra(layout, topk=20) if extra else None,
-        )
-        inputs = draw(spec, seed, name, device)
-        q = inputs.q.view(-1, 4, inputs.q.shape[-1])
-        q[1, 2, 17], q[-2, 0, 500] = float("nan"), float("-inf")
-        lists = inputs.extra_indices if extra else inputs.indices
-        assert lists is not None
-        lists = lists.clone()
-        lists.view(-1, lists.shape[-1])[4, 5] = 0
-        if extra:
-            return [replace(inputs, extra_indices=lists)]
-        return [replace(inputs, indices=lists)]
-
-    return build
-
-
-def _nan_dense(seed: int, name: str, device: torch.device) -> list[Inputs]:
-    spec = Sequences(lengths=(70, 130, 64, 33), s_q=2, h=4)
-    made = draw_sequences(spec, seed, name, device)
-    made.q[1, 0, 2, 17] = float("nan")
-    assert made.block_table is not None
-    row = made.cache.rows_view().view(torch.bfloat16)
-    row[int(made.block_table[2, 0]), 5, 100] = float("nan")
-    return [made]
-
-
-def _contained() -> list[Case]:
-    shows = ("nan_spreads",)
-    about = "NaN and Inf in two queries and in a selected token"
-    return [
-        _made(f"{op}/nan/{name}", f"{about}, {words}", shows, _nan_beside(op, layout, s_q, extra))
-        for op, name, words, layout, s_q, extra in (
-            ("decode", "s_q", "three query tokens a sequence", "v32_fp8", 3, False),
-            ("decode", "bf16", "bf16 cache", "bf16", 1, False),
-            ("decode", "extra", "the token in the second cache", "v4_fp8", 2, True),
-            ("prefill", "contained", "prefill", "bf16", 8, False),
-        )
-    ] + [_made("dense_decode/nan", f"{about} of dense sequences", shows, _nan_dense)]
-
-
 def _dense() -> list[Case]:
     def drawn_dense(name: str, about: str, shows: tuple[str, ...], spec: Sequences) -> Case:
         def build(seed: int, name: str, device: torch.device) -> list[Inputs]:
             return [draw_sequences(spec, seed, name, device)]
 
-        return _made(f"dense_decode/{name}", about, shows, build)
+        return made_case(f"dense_decode/{name}", about, shows, build)
 
     def scaled(seed: int, name: str, device: torch.device) -> list[Inputs]:
         made = draw_sequences(Sequences(h=8), seed, name, device)
@@ -366,97 +314,23 @@ def _dense() -> list[Case]:
         drawn_dense(
             "long", "4100 tokens and 7", ("list_cut",), Sequences((4100, 7), h=4, causal=True)
         ),
-        _made(
+        made_case(
             "dense_decode/scale",
             "a softmax scale of its own",
             ("softmax_scale_ignored",),
             scaled,
         ),
-        _made(
+        made_case(
             "dense_decode/lengths/past_table",
             "lengths past what the block table holds: the rest counts as absent",
             (),
             past_table,
         ),
-        _made(
+        made_case(
             "dense_decode/strided",
             "q in memory by heads first, a block table that is a slice of a wider one",
             ("strides_from_shape",),
             slices,
-        ),
-    ]
-
-
-def _same_buffers(
-    first: Draw, second: Draw, seed: int, name: str, device: torch.device
-) -> list[Inputs]:
-    """Two calls in the same memory, as a CUDA graph replays them; the second has other contents."""
-    calls = [draw(spec, seed, f"{name}/{i}", device) for i, spec in enumerate((first, second))]
-    names = ("q", "indices", "topk_length", "attn_sink", "extra_indices")
-    kept = calls[0]
-    made = []
-    for call in calls:
-        pairs = [(kept.cache.pages, call.cache.pages.clone())]
-        if kept.extra_cache is not None and call.extra_cache is not None:
-            pairs.append((kept.extra_cache.pages, call.extra_cache.pages.clone()))
-        for part in names:
-            buffer, held = getattr(kept, part), getattr(call, part)
-            if buffer is not None:
-                pairs.append((buffer, held.clone()))
-        made.append(replace(kept, contents=tuple(pairs)))
-    return made
-
-
-def _again() -> list[Case]:
-    shows = ("stale_buffers", "stale_metadata")
-    about = "the same memory for every call, filled anew each time: cache, q, lists, lengths"
-
-    def plain(seed: int, name: str, device: torch.device) -> list[Inputs]:
-        spec = Draw(b=3, h=8, topk=192, page_size=16, lengths=(17, 192, 64), sink=(1.0, -1.0))
-        other = replace(spec, lengths=(192, 3, 130), sink=(-2.0, 3.0), holes="random")
-        return _same_buffers(spec, other, seed, name, device)
-
-    def two_caches(seed: int, name: str, device: torch.device) -> list[Inputs]:
-        spec = Draw(layout="v4_fp8", b=3, h=8, topk=64, extra=Extra("v4_fp8", topk=70, page_size=2))
-        return _same_buffers(spec, replace(spec, holes="front"), seed, name, device)
-
-    def rows(seed: int, name: str, device: torch.device) -> list[Inputs]:
-        spec = Draw(op="prefill", layout="bf16", page_size=1, s_q=4, h=8, topk=100)
-        return _same_buffers(spec, replace(spec, holes="random"), seed, name, device)
-
-    def same_cache(seed: int, name: str, device: torch.device) -> list[Inputs]:
-        first, second = (
-            draw(Draw(b=4, h=8, topk=128), seed, f"{name}/{i}", device) for i in range(2)
-        )
-        lists = first.indices.flip(0, 2).clone()
-        return [first, replace(first, q=second.q, indices=lists)]
-
-    return [
-        _made("decode/stale/same_buffers", about, shows, plain),
-        _made("decode/stale/same_buffers/extra", about, shows, two_caches),
-        _made("prefill/stale/same_buffers", about, shows, rows),
-        _made(
-            "decode/stale/same_cache", "other queries over the same cache", shows[1:], same_cache
-        ),
-        drawn(
-            "decode/repeats/extra",
-            "two caches, 5 times the same call, bit for bit",
-            ("race",),
-            layout="v4_fp8",
-            b=2,
-            h=8,
-            topk=512,
-            repeats=5,
-            extra=Extra("v4_fp8", topk=128, page_size=2),
-        ),
-        _made(
-            "dense_decode/repeats",
-            "5 times the same call, bit for bit",
-            ("race",),
-            lambda seed, name, device: [
-                draw_sequences(Sequences((700, 300), h=8), seed, name, device)
-            ],
-            repeats=5,
         ),
     ]
 
@@ -466,7 +340,5 @@ SELDOM_CASES: tuple[Case, ...] = (
     *_memory(),
     *_options(),
     *_sharp(),
-    *_contained(),
     *_dense(),
-    *_again(),
 )

@@ -1,5 +1,6 @@
 """Faults that only unusual calls show: long lists, strides, used buffers, sinks and lengths of all
-kinds, and the writer's like. The cases made for them are in cases_seldom.py and case_writes.py.
+kinds, and the writer's like. The cases made for them are in cases_seldom.py,
+cases_beside.py and case_writes.py.
 """
 
 from __future__ import annotations

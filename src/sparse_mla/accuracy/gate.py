@@ -366,7 +366,7 @@ def fingerprint(call: Call) -> dict[str, torch.Tensor]:
 def changed_input(call: Call, before: dict[str, torch.Tensor]) -> str | None:
     """The first input whose bytes are no longer what they were."""
     for name, now in _tensors(call).items():
-        a, b = now.contiguous(), before[name].contiguous()
+        a, b = now.contiguous().flatten(), before[name].contiguous().flatten()
         if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
             return name
     return None
