@@ -223,9 +223,6 @@ def test_device(function: str, key: str) -> None:
         ("scale", float("nan")),
         ("scale", float("inf")),
         ("scale", "1"),
-        ("scale", True),
-        ("scale", 1e39),
-        ("scale", 10**400),
         ("scale", torch.tensor(1.0)),
         ("scale", True),  # causal=True, one place too early
         ("scale", 1e39),  # infinite in float32
