@@ -133,13 +133,16 @@ def _make(name: str) -> ModuleType:
 
 
 def _metadata_of_2025(
-    cache_seqlens: torch.Tensor, *args: object, **kwargs: object
-) -> tuple[torch.Tensor, torch.Tensor]:
+    cache_seqlens: torch.Tensor | None = None, *args: object, **kwargs: object
+) -> tuple[object, torch.Tensor | None]:
     """Metadata as SGLang's copy of FlashMLA's interface of 2025 has it: two int32 tensors.
 
     SGLang copies them into tensors of its own for CUDA graphs, [parts, 8] and [b + 1]. They are
-    zeros, and never read.
+    zeros, and never read. Without arguments, as upstream's later interface is called, what that
+    returns.
     """
+    if cache_seqlens is None:
+        return importlib.import_module(SOURCE).get_mla_metadata()
     sequences = cache_seqlens.shape[0]
     return (
         torch.zeros(1, 8, dtype=torch.int32, device=cache_seqlens.device),
