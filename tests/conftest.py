@@ -82,6 +82,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
-    """Every test starts from the same seed."""
+    """Every test starts from the same seed, with gradients."""
     torch.manual_seed(0)
-    yield
+    with torch.enable_grad():
+        yield
