@@ -18,6 +18,7 @@ from .case_inputs import Draw, Extra, draw
 from .case_special import SPECIAL_CASES
 from .case_writes import WRITE_CASES
 from .cases_beside import BESIDE_CASES
+from .cases_busy import BUSY_CASES
 from .cases_dense import DENSE_CASES
 from .cases_layouts import LAYOUT_CASES
 from .cases_seldom import SELDOM_CASES
@@ -33,6 +34,7 @@ CASES: tuple[Case, ...] = (
     *LAYOUT_CASES,
     *DENSE_CASES,
     *SELDOM_CASES,
+    *BUSY_CASES,
     *BESIDE_CASES,
     *WRITE_CASES,
 )
