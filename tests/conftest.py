@@ -82,7 +82,6 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
-    """Every test starts from the same seed, with gradients."""
+    """Every test starts from the same seed."""
     torch.manual_seed(0)
-    with torch.enable_grad():
-        yield
+    yield

@@ -8,7 +8,6 @@ import torch
 import sparse_mla
 from sparse_mla import KVCache, arch, dispatch, reference
 
-torch.set_grad_enabled(False)
 pytestmark = pytest.mark.gpu
 
 LAYOUTS = ("v32_fp8", "bf16", "bf16_nope")

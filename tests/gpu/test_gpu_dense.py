@@ -11,7 +11,6 @@ from dense import DenseCall, dense_call
 from drawn import assert_weights_rounded_to_bf16
 from sparse_mla import arch, dense_decode, dispatch
 
-torch.set_grad_enabled(False)
 pytestmark = pytest.mark.gpu
 
 LENGTHS = (0, 1, 63, 64, 65, 127, 128, 129, 300, 700)

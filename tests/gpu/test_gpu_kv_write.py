@@ -8,7 +8,6 @@ import torch
 import tokens
 from sparse_mla import LAYOUTS, KVCache
 
-torch.set_grad_enabled(False)
 pytestmark = pytest.mark.gpu
 
 N = 300

@@ -12,7 +12,6 @@ import sparse_mla
 from sparse_mla import KVCache, arch, dispatch, reference
 from sparse_mla.kv_layout import LAYOUTS, get_layout
 
-torch.set_grad_enabled(False)
 pytestmark = pytest.mark.gpu
 
 BACKENDS = ("sm90", "triton")
