@@ -126,7 +126,9 @@ def unordered_captures(ptx: str) -> bool:
     """
     lines = [line.strip() for line in ptx.splitlines()]
     lines = [line for line in lines if line and not line.startswith((".", "//"))]
-    starts = [n for n, line in enumerate(lines) if _starts_partitions(lines, n)]
+    starts = [n for n, line in enumerate(lines) if _starts_partitions(line)]
+    if not starts and any("setmaxnreg" in line for line in lines):
+        raise ValueError("the PTX moves registers between partitions, but starts none")
     # Back along every path, up to the barriers.
     before = _predecessors(lines)
     seen, found = set(starts), list(starts)
@@ -141,11 +143,11 @@ def unordered_captures(ptx: str) -> bool:
     return False
 
 
-def _starts_partitions(lines: list[str], n: int) -> bool:
+def _starts_partitions(line: str) -> bool:
     """Whether a line is where the other warps are told which partition they run: partition k as
     bytes k, the first of them 0.
     """
-    return bool(re.match(r"st\.shared\.\w+(\.\w+)?\s.*\{?\b(0, )?16843009\b", lines[n]))
+    return bool(re.match(r"st\.shared\.\w+(\.\w+)?\s.*\{?\b(0, )?16843009\b", line))
 
 
 def _predecessors(lines: list[str]) -> list[list[int]]:

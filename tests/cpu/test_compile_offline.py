@@ -136,7 +136,10 @@ def test_sums_that_captures_replace_are_found() -> None:
     assert usage.unordered_captures(SUMS)
     met = SUMS.replace("$L_start:", "$L_start:\n    bar.sync 0, 128;")
     assert not usage.unordered_captures(met)
-    assert not usage.unordered_captures(SUMS.partition("$L_start:")[0]), "no partitions"
+    plain = SUMS.partition("$L_start:")[0]
+    assert not usage.unordered_captures(plain), "no partitions"
+    with pytest.raises(ValueError, match="starts none"):
+        usage.unordered_captures(plain + "setmaxnreg.dec.sync.aligned.u32 120;")
 
 
 def _listing(*lines: str) -> str:

@@ -3,6 +3,7 @@
 `left` has the logits and the softmax of the even tile and the left half of the output's columns,
 `right` those of the odd tile and the right half; the first one's docstring is in
 sparse_prefill/sm90_kernel.py. Dense decode and decode over expanded V4 caches do the same.
+The approximations of exp2 and log2 serve every Hopper kernel.
 """
 
 from triton.experimental import gluon

@@ -37,6 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..gluon_compat import barrier, reinterpret
+from ..sm90_pairs_kernel import exp2
 from .sm90_bounded_scales_fill_kernel import (
     BARRIERS,
     BIAS,
@@ -77,7 +78,6 @@ from .sm90_many_heads_kernel import (
     SUMS_ROW,
     WIDE,
     WIDE_F32,
-    exp2,
     log2,
     query_power,
     thread_sums,

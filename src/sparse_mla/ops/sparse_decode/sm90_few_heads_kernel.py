@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..gluon_compat import async_load, barrier, reinterpret
+from ..sm90_pairs_kernel import exp2, log2
 
 BLOCK_H = gl.constexpr(16)  # heads per program
 BLOCK_T = gl.constexpr(32)  # tokens per tile
@@ -76,20 +77,6 @@ SUM = gl.constexpr(
         _VECTOR + _TOKENS, _LANES, [[0, 0], [0, 0]], block_bases=[], shape=[16, 32]
     )
 )
-
-
-@gluon.jit
-def exp2(x):
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def log2_fast(x):
-    return gl.inline_asm_elementwise(
-        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
 
 
 @gluon.jit
@@ -349,7 +336,7 @@ def publish(s, stage, parts, all_scales, column_scale, column_size, column_inver
     BY_LANE: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
     scales = all_scales.index(stage).permute((1, 0)).load(BY_LANE)
     column_scale.store(scales)
-    column_size.store(log2_fast(gl.maximum(gl.abs(scales), FLOOR)))
+    column_size.store(log2(gl.maximum(gl.abs(scales), FLOOR)))
     column_inverse.store(reciprocal(scales))
     parts.store(s)
 
