@@ -71,6 +71,19 @@ def _sizes() -> list[Case]:
             topk=192,
             lengths=(INT_MAX, 65, INT_MIN, -1),
         ),
+        *(
+            drawn(
+                f"decode/lengths/extremes/{layout}_64_heads",
+                "such lengths where many heads' lists are cut into splits",
+                ("length_wraps", "topk_length_one_short"),
+                layout=layout,
+                s_q=4,
+                h=64,
+                topk=192,
+                lengths=(INT_MAX, 65, INT_MIN, -1),
+            )
+            for layout in ("v32_fp8", "bf16", "v4_fp8")
+        ),
         made_case(
             "decode/cache/empty",
             "a cache without pages: whatever the lists hold, nothing is valid",

@@ -3,7 +3,7 @@
 `left` has the logits and the softmax of the even tile and the left half of the output's columns,
 `right` those of the odd tile and the right half; the first one's docstring is in
 sparse_prefill/sm90_kernel.py. Dense decode and decode over expanded V4 caches do the same.
-The approximations of exp2 and log2 serve every Hopper kernel.
+The approximations of exp2 and log2 and the dependent launches serve every Hopper kernel.
 """
 
 from triton.experimental import gluon
@@ -97,6 +97,23 @@ def exp2(x):
 def log2(x):
     return gl.inline_asm_elementwise(
         "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def wait_for_primary():
+    """Wait until the kernel before, of which this one is a dependent launch, has ended."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def launch_dependents():
+    """Let a dependent launch begin once every program has come here or ended; it waits by itself
+    for what this kernel writes."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
 
 

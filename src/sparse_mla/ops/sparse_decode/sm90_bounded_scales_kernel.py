@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..gluon_compat import barrier, reinterpret
-from ..sm90_pairs_kernel import exp2
+from ..sm90_pairs_kernel import exp2, launch_dependents
 from .sm90_bounded_scales_fill_kernel import (
     BARRIERS,
     BIAS,
@@ -84,6 +84,8 @@ from .sm90_many_heads_kernel import (
 )
 
 W_COLUMN = gl.constexpr(gl.SliceLayout(0, P_OPERAND))
+# Programs that an H100 or H200 has room for at once.
+ONE_WAVE = gl.constexpr(132)
 
 # Queries: 4 lanes hold 64 contiguous bytes of a row, so that its maximum takes two shuffles.
 QUERY = gl.constexpr(
@@ -432,6 +434,10 @@ def attend_bounded(
 ):
     # The head blocks of one token run side by side, so that their shared rows meet in L2.
     pid = gl.program_id(0)
+    # The kernel that redoes programs is told at once and begins where this one ends: b=32 56 us
+    # instead of 58. Not with more programs than multiprocessors: b=256 239 us instead of 233.
+    if gl.num_programs(0) <= ONE_WAVE:
+        launch_dependents()
     head = (pid % head_blocks) * 64
     split = (pid // head_blocks) % splits
     token = pid // (head_blocks * splits)
@@ -442,7 +448,7 @@ def attend_bounded(
     line = indices_ptr + b * indices_stride_b + s * indices_stride_s
     limit = topk
     if lengths_ptr is not None:
-        limit = gl.minimum(gl.load(lengths_ptr + b), topk)
+        limit = gl.maximum(gl.minimum(gl.load(lengths_ptr + b), topk), 0)
     first = split * split_tiles * 64
     limit = gl.minimum(limit - first, split_tiles * 64)
     line += first

@@ -213,6 +213,7 @@ def attend(
                 planned.whole,
                 planned.splits,
                 BLOCK_D=block_d,
+                TOGETHER=4 if kind == BALANCED else triton.next_power_of_2(min(planned.splits, 8)),
                 num_warps=4,
                 launch_pdl=True,
             )

@@ -21,6 +21,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from ..gluon_compat import barrier
 from .triton_kernel import sink_factor
+from .triton_rows_kernel import to_bf16
 
 # The plans, see above; those up to SORTED cut no item.
 WHOLE = gl.constexpr(0)
@@ -351,6 +352,7 @@ def merge(
     whole,
     splits,
     BLOCK_D: tl.constexpr,
+    TOGETHER: tl.constexpr,  # slots that are loaded at a time
 ):
     """Merge the slots of one cut item's head; grid (cut items, 64, 512 / BLOCK_D)."""
     cut = tl.program_id(0)
@@ -371,23 +373,30 @@ def merge(
         step = 1
     head = (item % head_blocks) * 64 + row
     if (item >= 0) & (head < heads):
-        peak = tl.load(parts_lse_ptr + slot * 64 + row)
-        at = slot
-        for i in range(1, count):
-            at = following + (i - 1) * step
-            peak = tl.maximum(peak, tl.load(parts_lse_ptr + at * 64 + row))
+        peak = float("-inf")
+        total = 0.0
+        out = tl.zeros([BLOCK_D], tl.float32)
+        for start in range(0, count, TOGETHER):
+            nth = start + tl.arange(0, TOGETHER)
+            ok = nth < count
+            at = tl.where(nth == 0, slot, following + (nth - 1) * step).to(tl.int64) * 64 + row
+            lse = tl.load(parts_lse_ptr + at, mask=ok, other=float("-inf"))
+            part = tl.load(
+                parts_ptr + at[:, None] * 512 + dims[None, :], mask=ok[:, None], other=0.0
+            )
+            before = peak
+            peak = tl.maximum(peak, tl.max(lse, 0))
+            base = tl.where(peak == float("-inf"), 0.0, peak)
+            decay = tl.exp2(before - base)
+            # A part with nothing valid has weight 0 and zeros.
+            weight = tl.exp2(lse - base)
+            total = total * decay + tl.sum(weight, 0)
+            out = out * decay + tl.sum(part * weight[:, None], 0)
         base = tl.where(peak == float("-inf"), 0.0, peak)
-        total = tl.exp2(tl.load(parts_lse_ptr + slot * 64 + row) - base)
-        out = tl.load(parts_ptr + (slot.to(tl.int64) * 64 + row) * 512 + dims) * total
-        for i in range(1, count):
-            at = following + (i - 1) * step
-            weight = tl.exp2(tl.load(parts_lse_ptr + at * 64 + row) - base)
-            total += weight
-            out += tl.load(parts_ptr + (at.to(tl.int64) * 64 + row) * 512 + dims) * weight
         merged = (base + tl.log2(total)) * 0.6931471805599453
         factor = tl.where(total == 0.0, 0.0, 1.0 / total)
         if sink_ptr is not None:
             factor = factor * sink_factor(merged, tl.load(sink_ptr + head))
         to = (item // head_blocks).to(tl.int64) * heads + head
-        tl.store(out_ptr + to * 512 + dims, (out * factor).to(tl.bfloat16))
+        tl.store(out_ptr + to * 512 + dims, to_bf16(out * factor))
         tl.store(lse_ptr + to, merged, mask=tl.program_id(2) == 0)

@@ -514,7 +514,7 @@ def attend(
 
     limit = topk
     if lengths_ptr is not None:
-        limit = gl.minimum(gl.load(lengths_ptr + b), topk)
+        limit = gl.maximum(gl.minimum(gl.load(lengths_ptr + b), topk), 0)
     first = split * split_size
     limit = gl.minimum(limit, first + split_size)
     # Each consumer takes at least one tile, however empty.

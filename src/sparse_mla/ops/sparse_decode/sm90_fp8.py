@@ -18,9 +18,9 @@ FEW_HEADS = 32
 # few / by many: b=128 139 / 125, b=256 267 / 231; b=32 45 / 57.
 MANY_TOKENS = 96
 # Above that many blocks of 64 heads and query token sm90_many_heads leads. H200, topk 2048, us by
-# few / by many: 64 heads b=1 16 / 29, b=8 29 / 44, b=16 45 / 53, b=32 73 / 70; 128 heads b=1
-# 18 / 30, b=8 45 / 49, b=16 73 / 64.
-FEW_BLOCKS = 16
+# few / by many: 64 heads b=1 16 / 25, b=4 22 / 29, b=8 29 / 36, b=12 44 / 41, b=16 45 / 43; 128
+# heads b=4 29 / 36, b=6 44 / 39, b=8 45 / 41. Up to 11 blocks are 44 programs, cut into three.
+FEW_BLOCKS = 11
 
 
 def takes_few_heads(tokens: int, heads: int, batch_invariant: bool) -> bool:

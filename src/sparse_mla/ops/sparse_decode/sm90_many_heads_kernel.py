@@ -36,7 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..gluon_compat import barrier, reinterpret
-from ..sm90_pairs_kernel import exp2
+from ..sm90_pairs_kernel import exp2, launch_dependents, wait_for_primary
 from .sm90_many_heads_fill_kernel import (
     BARRIERS,
     BASE,
@@ -565,10 +565,9 @@ def attend(
     # The head blocks of one token run side by side, so that their shared rows meet in L2.
     pid = gl.program_id(0)
     if wild_ptr is not None:
+        launch_dependents()
         # The launch may begin before the kernel that writes `wild` has ended.
-        gl.inline_asm_elementwise(
-            "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
+        wait_for_primary()
         if gl.load(wild_ptr + pid * 2) + gl.load(wild_ptr + pid * 2 + 1) == 0:
             return
     head = (pid % head_blocks) * 64
@@ -581,7 +580,7 @@ def attend(
     line = indices_ptr + b * indices_stride_b + s * indices_stride_s
     limit = topk
     if lengths_ptr is not None:
-        limit = gl.minimum(gl.load(lengths_ptr + b), topk)
+        limit = gl.maximum(gl.minimum(gl.load(lengths_ptr + b), topk), 0)
     first = split * split_tiles * 64
     limit = gl.minimum(limit - first, split_tiles * 64)
     line += first

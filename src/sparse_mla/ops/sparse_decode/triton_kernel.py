@@ -415,7 +415,7 @@ def attend(
     first = split * split_size
     limit = topk
     if lengths_ptr is not None:
-        limit = tl.minimum(tl.load(lengths_ptr + b), topk)
+        limit = tl.maximum(tl.minimum(tl.load(lengths_ptr + b), topk), 0)
     state = attend_source(
         state,
         query,
@@ -448,7 +448,7 @@ def attend(
         first -= tl.cdiv(topk, BLOCK_T) * BLOCK_T
         limit = extra_topk
         if extra_lengths_ptr is not None:
-            limit = tl.minimum(tl.load(extra_lengths_ptr + b), extra_topk)
+            limit = tl.maximum(tl.minimum(tl.load(extra_lengths_ptr + b), extra_topk), 0)
         state = attend_source(
             state,
             query,

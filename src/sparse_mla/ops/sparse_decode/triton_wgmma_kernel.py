@@ -279,7 +279,7 @@ def attend_tokens_first(
 
     limit = topk
     if lengths_ptr is not None:
-        limit = tl.minimum(tl.load(lengths_ptr + b), topk)
+        limit = tl.maximum(tl.minimum(tl.load(lengths_ptr + b), topk), 0)
     first = split * split_size
     limit = tl.minimum(limit, first + split_size)
     line = indices_ptr + b * indices_stride_b + s * indices_stride_s

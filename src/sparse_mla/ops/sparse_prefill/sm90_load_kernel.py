@@ -62,6 +62,7 @@ class Items:
         last = self.topk
         if lengths is not None:
             last = gl.minimum(gl.load(lengths + self.token(item) // self.s_q), last)
+            last = gl.maximum(last, 0)
         first = ((item // self.head_blocks) % self.splits) * self.split_size
         return first, gl.minimum(last, first + self.split_size)
 
