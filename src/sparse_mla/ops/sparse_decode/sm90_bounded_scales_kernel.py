@@ -66,7 +66,7 @@ from .sm90_bounded_scales_fill_kernel import (
     fill,
 )
 from .sm90_many_heads_fill_kernel import F16, VECTOR, chunk_dims, tile_count
-from .sm90_many_heads_kernel import (
+from .sm90_many_heads_shared_kernel import (
     LOWEST,
     NARROW,
     O_MMA,
