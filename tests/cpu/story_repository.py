@@ -161,7 +161,7 @@ def kernel(scales: str) -> str:
 
 
 if __name__ == "__main__":
-    made = make_story(Path(sys.argv[1]) / "repository")
+    made = make_story(Path(sys.argv[1]).resolve() / "repository")
     for name in ("breaks", "repairs"):
         place = made.path.parent / name
         git(made.path, "worktree", "add", "-q", "--detach", str(place), getattr(made, name))
