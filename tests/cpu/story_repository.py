@@ -56,8 +56,8 @@ def flash_mla_with_kvcache(q, k_cache, block_table, cache_seqlens, head_dim_v, m
                            is_fp8_kvcache=False, indices=None, attn_sink=None,
                            extra_k_cache=None, extra_indices=None,
                            topk_length=None, extra_topk_length=None):
-    if not is_fp8_kvcache or extra_k_cache is not None:
-        raise NotImplementedError("one FP8 cache")
+    if not is_fp8_kvcache or extra_k_cache is not None or q.shape[-1] != 576:
+        raise NotImplementedError("one FP8 cache of V3.2")
     b, s_q, h, d = q.shape
     pages, size = k_cache.shape[:2]
     length = None if topk_length is None else topk_length.repeat_interleave(s_q)
