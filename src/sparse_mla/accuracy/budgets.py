@@ -16,7 +16,7 @@ story with its derivation in full.
 - Where few weights matter, a power is not its mean. err^2 is a quadratic form d'Bd with
   B = (P'P) o (VV'); the Laurent-Massart bound tr B + 2 |B|_F sqrt(t) + 2 |B|_op t is exceeded with
   probability e^-t. The budget is never below it, nor is it ever above what 2^-8 for every weight
-  allows: (2^-8 sum_t p_t |v_t|)^2.
+  allows: (2^-8 sum_t p_t |v_t|)^2, there with the output's own worst case (`_worst_together`).
 - Weights that are equal round alike, as in a row of two levels. Nothing averages out there: such a
   head gets the worst case, 2^-8 sum over levels |sum of the level's p_t v_t|, and its gain too.
 - fp32 logits: a dot of 576 products is off by LOGIT_ULPS * 2^-24 * (sqrt(sum (q k)^2) + sum over

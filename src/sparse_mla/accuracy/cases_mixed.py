@@ -192,7 +192,7 @@ def _heads_and_sinks() -> list[Case]:
     cases += both(
         "sink/shifted",
         "tokens with a common mean and sinks: an output rounded before the sink is off twice",
-        ("sink_after_rounding",),
+        ("sink_ignored",),
         values="shifted",
         sink=(5.0, 5.9, 4.7, 6.6),
         b=8,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..kv_cache import KVCache
-from .case import Inputs, WriteInputs
+from .case import Inputs
 from .faults_fault import Fault, caches, causal_queries, has_sink
 from .faults_kernel import (
     Attended,
@@ -16,7 +16,6 @@ from .faults_kernel import (
     Source,
     byte_offsets,
     footer_offsets,
-    tiles_of_e4m3,
 )
 
 
@@ -28,16 +27,6 @@ class SinkWhenSplit(EmulatedKernel):
     def finish(self, done: Attended, inputs: Inputs) -> Attended:
         split = _width(inputs) > self.longest
         return super().finish(done, replace(inputs, attn_sink=None) if split else inputs)
-
-
-class SinkAfterRounding(EmulatedKernel):
-    """The output is rounded to bf16, then scaled by the sink's share and rounded again."""
-
-    def finish(self, done: Attended, inputs: Inputs) -> Attended:
-        if inputs.attn_sink is None:
-            return super().finish(done, inputs)
-        rounded = done.out.to(torch.bfloat16).to(done.out.dtype)
-        return super().finish(done._replace(out=rounded), inputs)
 
 
 class ExtraGeometry(EmulatedKernel):
@@ -96,13 +85,6 @@ class StaleTensorScale(EmulatedKernel):
         return made
 
 
-class WriterTiesAway(EmulatedKernel):
-    """Values halfway between two numbers go to the larger one."""
-
-    def to_e4m3(self, scaled: torch.Tensor) -> torch.Tensor:
-        return super().to_e4m3(scaled * (1 + 2.0**-22))
-
-
 def _width(inputs: Inputs) -> int:
     extra = inputs.extra_indices
     return int(inputs.indices.shape[-1]) + (0 if extra is None else int(extra.shape[-1]))
@@ -131,10 +113,6 @@ def _several_causal(inputs: Inputs) -> bool:
     return causal_queries(inputs) and inputs.queries > 1
 
 
-def _tiled(inputs: WriteInputs) -> bool:
-    return tiles_of_e4m3(inputs.cache.layout)
-
-
 MIXED_FAULTS = (
     Fault(
         "slot_24_bits",
@@ -157,21 +135,6 @@ MIXED_FAULTS = (
         SinkWhenSplit,
         _sink_and_long,
         variants=tuple({"longest": longest} for longest in (512, 128, 256, 1024)),
-    ),
-    Fault(
-        "sink_after_rounding",
-        19,
-        "rounds the output before the sink scales it, and once more after",
-        SinkAfterRounding,
-        has_sink,
-    ),
-    Fault(
-        "writer_ties_away",
-        24,
-        "rounds values halfway between two numbers away from zero",
-        WriterTiesAway,
-        _tiled,
-        "kv_write",
     ),
     Fault(
         "extra_geometry",

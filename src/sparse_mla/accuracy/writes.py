@@ -3,8 +3,9 @@
 The rule: an fp32 scale is amax/448 (within 2 ulp; exactly a power of two where that is asked for),
 a ue8m0 scale the power of two above, an e4m3 scale the nearest to amax/6 over the outer scale, and
 a token's outer scale amax/2688 (within 2 ulp). Values are the nearest e4m3 or e2m1 number to x over
-the scales, saturated, ties to even where the scales are powers of two; a bf16 field is the nearest bf16 number. NaN and Inf become NaN, in e2m1 with
-their whole tile. Bytes of every other slot, and padding, stay.
+the scales, saturated, ties to even where the scales are powers of two; a bf16 field is the nearest
+bf16 number. NaN and Inf become NaN, in e2m1 with their whole tile. Bytes of every other slot, and
+padding, stay.
 """
 
 from __future__ import annotations
