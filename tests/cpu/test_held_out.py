@@ -101,6 +101,38 @@ def spread(inputs: Inputs, out: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def last_odd_head(inputs: Inputs, out: torch.Tensor) -> torch.Tensor:
+    """Heads are stored in pairs from the second tile of 16 on."""
+    if out.shape[-2] > 16:
+        out[..., out.shape[-2] // 2 * 2 :, :] = 0
+    return out
+
+
+def last_of_second_block(inputs: Inputs, out: torch.Tensor) -> torch.Tensor:
+    if 64 < out.shape[-2] < 128:
+        out[..., -1, :] = out[..., 0, :]
+    return out
+
+
+def wrapped_extra_lengths(inputs: Inputs) -> Inputs:
+    """Lengths of the second list are rounded up past 2^31."""
+    lengths = inputs.extra_topk_length
+    assert lengths is not None
+    return replace(inputs, extra_topk_length=torch.where(lengths > 2**31 - 64, 0, lengths))
+
+
+def sink_with_default_scale(inputs: Inputs) -> Inputs:
+    """Sinks are scaled as logits are, which shows only where the scale is not 1/sqrt(d_qk)."""
+    assert inputs.attn_sink is not None
+    by = inputs.scale * inputs.q.shape[-1] ** 0.5
+    return replace(inputs, attn_sink=inputs.attn_sink * by)
+
+
+def sink_fp16(inputs: Inputs) -> Inputs:
+    assert inputs.attn_sink is not None
+    return replace(inputs, attn_sink=inputs.attn_sink.half().float())
+
+
 def default_scale(inputs: Inputs) -> Inputs:
     return replace(inputs, scale=inputs.q.shape[-1] ** -0.5)
 
@@ -123,6 +155,16 @@ def default_scale(inputs: Inputs) -> Inputs:
         ("prefill/scale", Changed(given=default_scale)),
         ("decode/extra/scale", Changed(given=default_scale)),
         ("dense_decode/scale", Changed(given=default_scale)),
+        ("decode/heads/17", Changed(last_odd_head)),
+        ("prefill/heads/127", Changed(last_odd_head)),
+        ("decode/mixed/v4_fp8/17_heads", Changed(last_odd_head)),
+        ("decode/heads/100", Changed(last_of_second_block)),
+        ("prefill/mixed/fp8_tensor", Changed(last_of_second_block)),
+        ("dense_decode/mixed/v4_fp8", Changed(last_of_second_block)),
+        ("decode/extra/v4_fp8+v4_fp8/mixed", Changed(given=wrapped_extra_lengths)),
+        ("decode/mixed/bf16/17_heads", Changed(given=sink_with_default_scale)),
+        ("decode/sink/coherent", Changed(given=sink_fp16)),
+        ("prefill/sink/coherent", Changed(given=sink_fp16)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -142,7 +184,44 @@ class Moving(CleanKernel):
         return torch.nextafter(lse, 2 * lse) if self.count % 2 else lse
 
 
-@pytest.mark.parametrize("case", ["decode/repeats/extra", "dense_decode/repeats"])
+class SinkAfterRounding(CleanKernel):
+    """The output is rounded to bf16, then scaled by the sink's share and rounded again."""
+
+    def finish(self, done, inputs):  # type: ignore[no-untyped-def]
+        return super().finish(done._replace(out=done.out.bfloat16().float()), inputs)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("case", ["decode/sink/shifted", "prefill/sink/shifted"])
+def test_an_output_rounded_twice(case: str, seed: int) -> None:
+    assert run_case(CleanKernel(), BY_NAME[case], seed).status == PASSED
+    assert run_case(SinkAfterRounding(), BY_NAME[case], seed).status == FAILED
+
+
+class TiesAway(CleanKernel):
+    """Values halfway between two numbers go to the larger one."""
+
+    def to_e4m3(self, scaled: torch.Tensor) -> torch.Tensor:
+        return super().to_e4m3(scaled * (1 + 2.0**-22))
+
+
+@pytest.mark.parametrize("case", [name for name in BY_NAME if name.startswith("kv_write/ties")])
+def test_ties_away_from_zero(case: str) -> None:
+    assert run_case(CleanKernel(), BY_NAME[case]).status == PASSED
+    result = run_case(TiesAway(), BY_NAME[case])
+    assert result.status == FAILED and "not the nearest e4m3 number" in result.detail
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "decode/repeats/extra",
+        "dense_decode/repeats",
+        "decode/mixed/v4_fp8/64_heads",
+        "decode/extra/v4_fp8+v4_fp8/64_heads",
+        "prefill/mixed/v32_fp8",
+    ],
+)
 def test_bits_that_move(case: str) -> None:
     result = run_case(Moving(), BY_NAME[case])
     assert result.status == FAILED and "other bits" in result.detail
@@ -209,3 +288,49 @@ def test_normalised_weights_raise_no_alarm(case: str) -> None:
     for seed in range(4):
         result = run_case(Normalised(), BY_NAME[case], seed)
         assert result.status == PASSED, f"{seed}: {result.detail}"
+
+
+class BaseAboveMaximum(CleanKernel):
+    """Right: what is subtracted is the maximum rounded up, so that no weight is exactly 1."""
+
+    def running_max(self, logits: torch.Tensor) -> torch.Tensor:
+        return super().running_max(logits).ceil()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "dense_decode/causal/short",
+        "dense_decode/logits/large",
+        "dense_decode/mixed/bf16",
+        "decode/busy/140_lists/64_heads",
+        "decode/topk/1",
+        "decode/gaussian",
+    ],
+)
+def test_another_base_raises_no_alarm(case: str) -> None:
+    """Where one token carries a row, its weight's rounding moves values by a step of bf16."""
+    for seed in range(3):
+        result = run_case(BaseAboveMaximum(), BY_NAME[case], seed)
+        assert result.status == PASSED, f"{seed}: {result.detail}"
+
+
+class Truncating(CleanKernel):
+    """Right: a tensor core that adds 16 products at a time and cuts the sum off at 24 bits."""
+
+    def logits(self, q: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+        total = torch.zeros(*q.shape[:2], keys.shape[1], dtype=torch.float64)
+        for k in range(0, q.shape[-1], 16):
+            total = total + q[..., k : k + 16].double() @ keys[..., k : k + 16].double().mT
+            nearest = total.float()
+            past = nearest.double().abs() > total.abs()
+            total = torch.where(past, nearest.nextafter(torch.zeros(())), nearest).double()
+        return total.float() * scale
+
+
+@pytest.mark.parametrize(
+    "case", ["decode/busy/scales/log_uniform", "decode/mixed/v32_fp8/64_heads", "prefill/gaussian"]
+)
+def test_truncated_sums_raise_no_alarm(case: str) -> None:
+    result = run_case(Truncating(), BY_NAME[case])
+    assert result.status == PASSED, result.detail

@@ -16,7 +16,7 @@ story with its derivation in full.
 - Where few weights matter, a power is not its mean. err^2 is a quadratic form d'Bd with
   B = (P'P) o (VV'); the Laurent-Massart bound tr B + 2 |B|_F sqrt(t) + 2 |B|_op t is exceeded with
   probability e^-t. The budget is never below it, nor is it ever above what 2^-8 for every weight
-  allows: (2^-8 sum_t p_t |v_t|)^2.
+  allows: (2^-8 sum_t p_t |v_t|)^2, there with the output's own worst case (`_worst_together`).
 - Weights that are equal round alike, as in a row of two levels. Nothing averages out there: such a
   head gets the worst case, 2^-8 sum over levels |sum of the level's p_t v_t|, and its gain too.
 - fp32 logits: a dot of 576 products is off by LOGIT_ULPS * 2^-24 * (sqrt(sum (q k)^2) + sum over
@@ -50,6 +50,12 @@ LOGIT_ULPS = 16.0
 Sequential rounding: sqrt(576 / 3) / sqrt(3) = 8 rms. Tensor cores add 36 blocks of 16 and may
 truncate: 36 / 2 = 18 at worst, on a partial sum that grows to its final value, so 9 on average.
 16 is 2 sigma of the first and covers the second.
+"""
+
+MAX_LOGIT_ULPS = 24.0
+"""The same for max_logits: one logit and not a mean, so a truncated sum whose partial sums pass
+its final value shows undamped (36 steps at no more than 2^-24 each on average, were they all at
+their largest). A model of a truncating tensor core used 1.17 times what 16 allow.
 """
 
 SAME_LOGIT = 2.0**-12
@@ -167,6 +173,7 @@ def expect(inputs: Inputs) -> Expected:
     row_power, fp32_power = weight_power.clone(), weight_power.clone()
     lse_budget, max_budget = weight_power.clone(), weight_power.clone()
     kappa_square = tail_trace = tail_square = tail_largest = tail_cap = alike_power = 0.0
+    few = torch.zeros_like(ref.lse, dtype=torch.bool)
     head_variance, head_bound, head_cap = (torch.zeros_like(ref.lse) for _ in range(3))
     token_variance = head_variance.new_zeros(n)
     for i in range(n):
@@ -182,6 +189,7 @@ def expect(inputs: Inputs) -> Expected:
         bound = noise.trace + 2 * noise.frobenius * (math.sqrt(ROW_TAIL) + ROW_TAIL)
         worst = BF16_MAX_ERROR**2 * noise.cap
         row_power[i] = torch.where(noise.alike, worst, torch.minimum(BF16_RMS**2 * bound, worst))
+        few[i] = ~noise.alike & (worst <= BF16_RMS**2 * bound)
         fp32_power[i] = noise.fp32_power
         lse_budget[i], max_budget[i] = noise.lse, noise.max_logits
         kappa_square += float(noise.trace.sum())
@@ -198,11 +206,18 @@ def expect(inputs: Inputs) -> Expected:
     norms = out.square().sum(-1)
     fourth = out.pow(4).sum(-1)
     ideal_power = torch.maximum(diff.square().sum(-1), BF16_RMS**2 * norms)
+    together = _worst_together(row_power, norms)
     row_power += torch.maximum(ideal_power, _output_tail(norms, fourth, ROW_TAIL))
+    row_power = torch.where(few, together, row_power)
     total = norms.sum()
     tail = tail_trace + 2 * math.sqrt(tail_square * CASE_TAIL) + 2 * tail_largest * CASE_TAIL
-    tail_power = alike_power + min(BF16_RMS**2 * tail, BF16_MAX_ERROR**2 * tail_cap)
-    tail_power += max(float(ideal_power.sum()), float(_output_tail(total, fourth.sum(), CASE_TAIL)))
+    tail_power = min(BF16_RMS**2 * tail, BF16_MAX_ERROR**2 * tail_cap)
+    if BF16_MAX_ERROR**2 * tail_cap <= BF16_RMS**2 * tail:
+        tail_power = float(_worst_together(total.new_tensor(tail_power), total))
+    else:
+        output = float(_output_tail(total, fourth.sum(), CASE_TAIL))
+        tail_power += max(float(ideal_power.sum()), output)
+    tail_power += alike_power
     safe = float(total) or 1.0
     along = (diff * out).sum(-1)
 
@@ -239,6 +254,15 @@ def _output_tail(square: torch.Tensor, fourth: torch.Tensor, t: float) -> torch.
     dominance = torch.where(square > 0, fourth / square.square().clamp_min(1e-300), 0.0)
     grown = BF16_RMS**2 * (1 + 2 * (t * dominance).sqrt() + 2 * t * dominance)
     return square * grown.clamp_max(BF16_MAX_ERROR**2)
+
+
+def _worst_together(weights: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+    """The worst case of weights and output where few weights carry it: errors add, powers do not.
+
+    Values of bf16, or of e4m3 times a power of two, lie on the output's grid. A single weight that
+    is off by a little more than half a step then moves all of a row by a whole step.
+    """
+    return (weights.sqrt() + BF16_MAX_ERROR * square.sqrt()).square()
 
 
 def _shared_roundings(logits: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
@@ -362,5 +386,6 @@ def _token_noise(
         gain_bound=gain_bound + fp32.sqrt() * norms,
         alike=alike,
         lse=lse_error,
-        max_logits=logit_error.amax(1) + 4 * FP32_ULP * logits.abs().amax(1),
+        max_logits=MAX_LOGIT_ULPS / LOGIT_ULPS * logit_error.amax(1)
+        + 4 * FP32_ULP * logits.abs().amax(1),
     )

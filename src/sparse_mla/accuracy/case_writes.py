@@ -61,6 +61,16 @@ def _zeros_and_not_finite(g: torch.Generator, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def _ties(g: torch.Generator, x: torch.Tensor) -> torch.Tensor:
+    """Midpoints between e4m3 numbers, subnormal ones too, in tiles whose largest value is 448."""
+    steps = torch.randint(8, 16, x.shape, generator=g) + 0.5
+    x = torch.sign(x) * torch.ldexp(steps, torch.randint(-9, 5, x.shape, generator=g))
+    low = torch.sign(x) * (torch.randint(0, 8, x.shape, generator=g) + 0.5) * 2.0**-9
+    x = torch.where(uniform(g, 0, 1, *x.shape) < 0.2, low, x)
+    x[:, 0::32] = E4M3_MAX
+    return torch.ldexp(x, torch.randint(-20, 20, (x.shape[0], 1), generator=g))
+
+
 def _hostile_rope(g: torch.Generator, n: int) -> torch.Tensor:
     """Magnitudes that only bf16 and fp32 hold, and NaN and Inf."""
     rope = normal(g, n, 64) * 10 ** uniform(g, -30, 30, n, 1)
@@ -307,6 +317,19 @@ WRITE_CASES: tuple[Case, ...] = (
         ("writer_no_saturation",),
         _saturating,
         rounding="pow2",
+    ),
+    *(
+        _write_case(
+            f"ties/{layout}/{rounding}",
+            f"{layout}, values halfway between e4m3 numbers: to the even one ({rounding})",
+            (),
+            _ties,
+            layout=layout,
+            rounding=rounding,
+            dtype=torch.bfloat16,
+            page_size=16,
+        )
+        for layout, rounding in (("v32_fp8", "amax"), ("v32_fp8", "pow2"), ("v4_fp8", "pow2"))
     ),
     _write_case(
         "not_finite", "NaN and Inf stay visible and leave their tile alone", (), _not_finite

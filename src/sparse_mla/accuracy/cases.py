@@ -21,6 +21,7 @@ from .cases_beside import BESIDE_CASES
 from .cases_busy import BUSY_CASES
 from .cases_dense import DENSE_CASES
 from .cases_layouts import LAYOUT_CASES
+from .cases_mixed import MIXED_CASES
 from .cases_seldom import SELDOM_CASES
 from .cases_shapes import SHAPE_CASES
 from .cases_values import VALUE_CASES
@@ -36,6 +37,7 @@ CASES: tuple[Case, ...] = (
     *SELDOM_CASES,
     *BUSY_CASES,
     *BESIDE_CASES,
+    *MIXED_CASES,
     *WRITE_CASES,
 )
 

@@ -12,6 +12,7 @@ from .faults_extra import EXTRA_FAULTS
 from .faults_fault import Fault
 from .faults_kernel import EmulatedKernel
 from .faults_layouts import LAYOUT_FAULTS
+from .faults_mixed import MIXED_FAULTS
 from .faults_reading import READING
 from .faults_seldom import SELDOM_FAULTS
 from .faults_softmax import SOFTMAX
@@ -27,7 +28,8 @@ FAULTS: tuple[Fault, ...] = tuple(
         + EXTRA_FAULTS
         + DENSE_FAULTS
         + WRITING
-        + SELDOM_FAULTS,
+        + SELDOM_FAULTS
+        + MIXED_FAULTS,
         key=lambda fault: fault.line,
     )
 )

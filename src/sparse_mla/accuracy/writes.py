@@ -3,8 +3,9 @@
 The rule: an fp32 scale is amax/448 (within 2 ulp; exactly a power of two where that is asked for),
 a ue8m0 scale the power of two above, an e4m3 scale the nearest to amax/6 over the outer scale, and
 a token's outer scale amax/2688 (within 2 ulp). Values are the nearest e4m3 or e2m1 number to x over
-the scales, saturated; a bf16 field is the nearest bf16 number. NaN and Inf become NaN, in e2m1 with
-their whole tile. Bytes of every other slot, and padding, stay.
+the scales, saturated, ties to even where the scales are powers of two; a bf16 field is the nearest
+bf16 number. NaN and Inf become NaN, in e2m1 with their whole tile. Bytes of every other slot, and
+padding, stay.
 """
 
 from __future__ import annotations
@@ -248,10 +249,13 @@ def _value_problem(
         return f"{int(kept.sum())} NaN or Inf became finite"
     limit, name = _limit(layout), layout.latent.dtype
     exact = (tiles / unit[..., None]).clamp(-limit, limit)
-    best = (_nearest(layout, torch.where(finite, tiles, 0.0), unit) - exact).abs()
+    nearest = _nearest(layout, torch.where(finite, tiles, 0.0), unit)
     # A quotient rounded to fp32 may fall on the other side of a midpoint, no further.
     slack = exact.abs() * (SLACK - 1)
-    off = finite & ((values - exact).abs() > best + slack)
+    off = finite & ((values - exact).abs() > (nearest - exact).abs() + slack)
+    # By a power of two it is exact, and midpoints go to the even neighbour.
+    by_pow2 = torch.frexp(unit).mantissa == 0.5
+    off |= finite & by_pow2[..., None] & (values != nearest)
     if bool(off.any()):
         at = off.nonzero()[0].tolist()
         token, tile, k = at
