@@ -25,7 +25,8 @@ class ListCut(EmulatedKernel):
 
 
 class LengthWraps(EmulatedKernel):
-    """A length near 2^31 is rounded up to whole blocks past it, or a negative one is no limit."""
+    """A length near 2^31 is rounded up to whole blocks past it, or a negative one is no limit, or
+    what a split has left of one near -2^31 wraps around."""
 
     which = "rounded up"
 
@@ -33,6 +34,9 @@ class LengthWraps(EmulatedKernel):
         if source.lengths is None:
             return super().in_length(source)
         lengths = source.lengths.long()
+        if self.which == "left of a split":
+            begins = torch.arange(source.indices.shape[1], device=lengths.device) // 64 * 64
+            return super().in_length(source) | (lengths[:, None] - begins < -(2**31))
         if self.which == "negative":
             ends = torch.where(lengths < 0, source.indices.shape[1], lengths)
         else:
@@ -212,10 +216,10 @@ SELDOM_FAULTS = (
     Fault(
         "length_wraps",
         10,
-        "rounds a length near 2^31 up past it, or takes a negative one for no limit",
+        "rounds a length near 2^31 up past it, or lets a negative one wrap around or be no limit",
         LengthWraps,
         _extreme_lengths,
-        variants=({}, {"which": "negative"}),
+        variants=({}, {"which": "negative"}, {"which": "left of a split"}),
     ),
     Fault(
         "stale_buffers",
