@@ -143,6 +143,29 @@ def unordered_captures(ptx: str) -> bool:
     return False
 
 
+_VALUE = r"(%[\w#]+)"
+
+
+def unused_barriers(ttgir: str) -> list[str]:
+    """Barriers in shared memory that are initialised and that no partition is passed: their memory
+    is free again, and Triton stores what the partitions are passed there, unordered with it.
+    """
+    start = re.search(r"ttg\.warp_specialize\(([^)]*)\)", ttgir)
+    if start is None:
+        return []
+    passed = {name.strip() for name in start[1].split(",")}
+    views = re.findall(rf"{_VALUE} = ttg\.memdesc_\w+ {_VALUE}", ttgir[: start.start()])
+    whole = dict(views)
+    unused = []
+    for name in re.findall(rf"ttng\.init_barrier {_VALUE},", ttgir):
+        root = name
+        while root in whole:
+            root = whole[root]
+        if root not in passed and root not in unused:
+            unused.append(root)
+    return unused
+
+
 def _starts_partitions(line: str) -> bool:
     """Whether a line is where the other warps are told which partition they run: partition k as
     bytes k, the first of them 0.
@@ -169,6 +192,9 @@ def usage_of(compiled: Any, number: int) -> Usage:
     ptx = compiled.asm["ptx"]
     if unordered_captures(ptx):
         raise RuntimeError("no barrier between a load from shared memory and the partitions' start")
+    unused = unused_barriers(compiled.asm["ttgir"])
+    if unused:
+        raise RuntimeError(f"barriers are initialised that no partition uses: {', '.join(unused)}")
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     if target is None:
         raise ValueError("the PTX names no target")

@@ -142,6 +142,23 @@ def test_sums_that_captures_replace_are_found() -> None:
         usage.unordered_captures(plain + "setmaxnreg.dec.sync.aligned.u32 120;")
 
 
+MADE = """
+    %full = ttg.local_alloc : () -> !ttg.memdesc<2x1xi64, #shared1, #smem, mutable>
+    %free = ttg.local_alloc : () -> !ttg.memdesc<1xi64, #shared1, #smem, mutable>
+    %0 = ttg.memdesc_index %full[%c1_i32] : !ttg.memdesc<2x1xi64, #shared1, #smem, mutable>
+    ttng.init_barrier %0, 2 : !ttg.memdesc<1xi64, #shared1, #smem, mutable>
+    ttng.init_barrier %free, 1 : !ttg.memdesc<1xi64, #shared1, #smem, mutable>
+    ttg.warp_specialize(%heads, %full, %free) attributes {requestedRegisters = array<i32: 168>}
+"""
+
+
+def test_barriers_that_no_partition_uses_are_found() -> None:
+    assert usage.unused_barriers(MADE) == []
+    assert usage.unused_barriers(MADE.replace(", %free)", ")")) == ["%free"]
+    assert usage.unused_barriers(MADE.replace(" %full, ", " ")) == ["%full"]
+    assert usage.unused_barriers(MADE.partition("ttg.warp_specialize")[0]) == []
+
+
 def _listing(*lines: str) -> str:
     """Lines as nvdisasm prints them; "label:" or "[scoreboard] instruction"."""
     text = []

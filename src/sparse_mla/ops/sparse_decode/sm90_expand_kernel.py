@@ -273,6 +273,9 @@ def attend(
     peaks = sums
     if HEADS < 64:
         peaks = gl.allocate_shared_memory(gl.float32, [2, 4 * HEADS], plain)
+    # Each consumer copies its own queries: there is no `q_free`. A barrier that no partition uses must
+    # not be made: its memory is free at once, and becomes that of what partitions are passed.
+    q_full = gl.allocate_shared_memory(gl.int64, [1], barriers)
     shared = Shared(
         gl.allocate_shared_memory(gl.bfloat16, [1, HEADS, 256], swizzled),
         gl.allocate_shared_memory(gl.bfloat16, [1, HEADS, 256], swizzled),
@@ -289,8 +292,8 @@ def attend(
         gl.allocate_shared_memory(gl.int64, [2, 1], barriers),
         gl.allocate_shared_memory(gl.int64, [2, 1], barriers),
         gl.allocate_shared_memory(gl.int64, [2, 1], barriers),
-        gl.allocate_shared_memory(gl.int64, [1], barriers),
-        gl.allocate_shared_memory(gl.int64, [1], barriers),
+        q_full,
+        q_full,
         gl.allocate_shared_memory(gl.int64, [2, 1], barriers),
         gl.allocate_shared_memory(gl.int64, [2, 1], barriers),
     )
@@ -306,7 +309,6 @@ def attend(
         mbarrier.init(shared.p_full.index(stage), count=1)
         mbarrier.init(shared.sums_full.index(stage), count=1)
     mbarrier.init(shared.q_full, count=256)
-    mbarrier.init(shared.q_free, count=1)
 
     main = Pages(
         kv_ptr,
