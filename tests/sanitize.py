@@ -70,6 +70,7 @@ HANDED_OVER = {
     # reader says after its logits; maxima and weights go back and forth by `p_full`.
     "ops/sparse_decode/sm90_expand_fill_kernel.py": (
         "bias.store(gl.where(is_there(rows), 0.0, -INF))",
+        "async_load(target, at, mask=mask)",
     ),
     "ops/sparse_decode/sm90_expand_pairs_kernel.py": (
         "bias = shared.bias.index(TILE_OF_PAIR).load(gl.SliceLayout(0, LOGITS))",
@@ -96,7 +97,9 @@ HANDED_OVER = {
         "exchange.slice(0, 64).store(inverse)",
         "inverse = exchange.slice(0, 64).load(S_ROW)",
     ),
+    # The output goes through a place of K, which is free for the next item then.
     "ops/sparse_prefill/sm90_few_heads_kernel.py": (
+        "staging.load(rows_layout),",
         "bias = shared.bias.load(gl.SliceLayout(1, layout))",
         "shared.bias.store(gl.where(ok, 0.0, -INF))",
     ),
