@@ -232,16 +232,12 @@ def fill(
         phase = ((tile >> 1) & 1) ^ 1
         left = lefts.index(stage).slice(32 * PART, 32, dim=0)
         right = rights.index(stage).slice(32 * PART, 32, dim=0)
-        next_rows = locate(kv, next_slots, page_size, page_words, TOKEN_WORDS, PACKED)
-        next_scale = load_scales(next_rows, 0, SCALES)
-        next_following = load_scales(next_rows, 1, SCALES)
-        next_slots = load_slots(line, (tile + 2) * 64 + token, limit, last_slot)
         mbarrier.wait(shared.left_free.index(stage), phase)
         mbarrier.wait(shared.right_free.index(stage), phase)
         copy_words(rows, 132, 32, ropes.index(stage).slice(32 * PART, 32, dim=0))
-        wild |= store_tables(
-            rows, scale, following, unit, inverse_unit, dither, shared, stage, PART
-        )
+        next_rows = rows
+        next_scale = scale
+        next_following = following
         for step in gl.static_range(UNITS):
             # Three steps' copies may go on but the oldest, and at first those of the RoPE part.
             async_copy.wait_group(3 if step < 3 else 2)
@@ -251,6 +247,15 @@ def fill(
             else:
                 copy_words(next_rows, 16 * (step + RAW_SLOTS - UNITS), 16, raw.index(slot))
             slot = following_slot(slot)
+            if step == 0:
+                # Behind the first copies: before them it costs 4 us.
+                next_rows = locate(kv, next_slots, page_size, page_words, TOKEN_WORDS, PACKED)
+                next_scale = load_scales(next_rows, 0, SCALES)
+                next_following = load_scales(next_rows, 1, SCALES)
+                next_slots = load_slots(line, (tile + 2) * 64 + token, limit, last_slot)
+                wild |= store_tables(
+                    rows, scale, following, unit, inverse_unit, dither, shared, stage, PART
+                )
             target = left if step < 4 else right
             target.slice(32 * (step % 4), 32, dim=1).store(expand(codes))
             if step == 3:

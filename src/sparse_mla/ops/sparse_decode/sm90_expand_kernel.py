@@ -273,8 +273,8 @@ def attend(
     peaks = sums
     if HEADS < 64:
         peaks = gl.allocate_shared_memory(gl.float32, [2, 4 * HEADS], plain)
-    # Each consumer copies its own queries: there is no `q_free`. A barrier that no partition uses must
-    # not be made: its memory is free at once, and becomes that of what partitions are passed.
+    # Each consumer copies its own queries: there is no `q_free`. A barrier that no partition uses
+    # must not be made: its memory is free at once and becomes that of what partitions are passed.
     q_full = gl.allocate_shared_memory(gl.int64, [1], barriers)
     shared = Shared(
         gl.allocate_shared_memory(gl.bfloat16, [1, HEADS, 256], swizzled),
