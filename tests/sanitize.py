@@ -51,20 +51,24 @@ HANDED_OVER = {
     "ops/dense_decode/sm90_load_kernel.py": (
         "shared.bias.index(stage).store(gl.where(ok, 0.0, -INF))",
     ),
-    # `q_met`, `q_full`, `p_full` and back `p_free`, `last_full`; of the tables `full` and `free`.
+    # `q_met` and `sums_full`; `p_full` and the other way a tile's `free`; of the tables and the RoPE
+    # part, in whose place P is, `full` and `free`.
     "ops/sparse_decode/sm90_bounded_scales_kernel.py": (
-        "exchange.slice(HALF * 64, 64).store(top)",
-        "return gl.maximum(top, exchange.slice(64 - HALF * 64, 64).load(QUERY_ROW))",
-        "vectors.index(DECAY).store(decay)",
-        "decay = vectors.index(DECAY).load(O_ROW)",
-        "p = p_shared.load(P_OPERAND)",
-        "w = weigh(p, group_weights(weights, i & 1, 2).load(W_COLUMN))",
-        "w = weigh(p, group_weights(weights, i & 1, 3).load(W_COLUMN))",
-        "exchange.slice(0, 64).store(inverse)",
-        "inverse = exchange.slice(0, 64).load(O_ROW)",
+        "shared.sums.index(HALF).store(top)",
+        "power = query_power(gl.maximum(top, shared.sums.index(1 - HALF).load(QUERY_ROW)))",
+        "shared.sums.index(HALF).store(total)",
+        "total = total + shared.sums.index(1 - HALF).load(S_ROW)",
+        "shared.base.index(HALF).store(base)",
+        "even_base = shared.base.index(0).load(S_ROW)",
+        "base = shared.base.index(1).load(S_ROW)",
+        "reinterpret(target, gl.float16, [4096], VECTOR).store(parts.reshape([4096]))",
+        "parts = reinterpret(source, gl.float16, [4096], VECTOR).load(P_VECTORS)",
+        "values = reinterpret(table, table.dtype, [8, 64], VECTOR).index(ROW).load(BY_THREAD)",
     ),
     "ops/sparse_decode/sm90_bounded_scales_fill_kernel.py": (
-        "target.store(bits.to(gl.float32, bitcast=True).to(gl.float16))",
+        "async_load(target, at, mask=is_there(rows)[:, None])",
+        "target.store(values.reshape([4, 4, 2, 4]).permute((3, 1, 0, 2)))",
+        "target.store(weights.reshape([4, 4, 2, 4]).permute((3, 1, 0, 2)))",
     ),
     # A tile's bias is stored once both halves of the tile before in its place are free, which its
     # reader says after its logits; maxima and weights go back and forth by `p_full`.

@@ -4,30 +4,33 @@ It answers programs whose scales lie within 17 binades of each other (`LOWEST_SC
 `HIGHEST_SCALE`), as quantised activations' do, and says in `wild` which have others: what it wrote
 for those is void, and sm90_many_heads_kernel, made for any scales, redoes them.
 
-Four warpgroups share a tile of 64 tokens:
+Four groups of four warps share the work on tiles of 64 tokens, two tiles (a pair) at a time:
 
-- `attend_left`: logits, softmax, and the left 256 output dims;
-- `attend_right`: the right 256 output dims;
-- `fill` twice: half of the tokens each, rows to unscaled fp16.
+    left     logits and softmax of the even tile, O[:, :256] += P0 V0 + P1 V1
+    right    logits and softmax of the odd tile, O[:, 256:] += P0 V0 + P1 V1
+    fill     twice: half of the tokens each, rows to unscaled fp16 in shared memory
+             (sm90_bounded_scales_fill_kernel)
 
-Arithmetic. e4m3 is exact in fp16; logits use the exact fp32 scales c0..c3 of each token, in the
+As in the kernel for V4's caches `right` applies the even tile's weights before it has its own
+tile's logits, which frees the even tile early.
+
+Arithmetic. e4m3 is exact in fp16; logits use the exact fp32 scales s0..s3 of each token, in the
 accumulators, between products (S_g = Q_g K_g^T):
 
-    S = c2 (c0/c2 (S_rope / c0 + S_0) + S_2) + c3 (c1/c3 S_1 + S_3)
+    S = (((S_0 s0/s1 + S_1) s1/s2 + S_2) s2/s3 + S_3) s3 + S_rope
 
 The values' side takes one fp16 P for all groups: w_g = fp16(P * scale_g), scale_g in fp16, rounded
 stochastically by token; P is relative to a power of two times a fraction that differs by head.
-Scales of one mantissa and equal logits then leave no gain error, and rescaling stays exact.
+Scales of one mantissa and equal logits then leave no gain error, and rescaling stays exact. P is
+handed over unscaled; each consumer applies the scales of its own two groups. The running base goes
+from hand to hand with it.
 Queries are scaled by a power of two per row into fp16, which holds the 8 bits of bf16 exactly over
 22 binades below the row's maximum.
-
-What holds it (H200, b=128 h=64): about 5650 cycles a tile, all of them the chain of `attend_left`:
-weights 310, P 490, logits 3800 (the tensor cores need 1150: loads of scales wait behind the
-products' reads of shared memory), softmax 850. The same with every row in L2.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -36,45 +39,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..gluon_compat import barrier, reinterpret
-from ..sm90_pairs_kernel import exp2, launch_dependents
+from ..gluon_compat import async_load, barrier, reinterpret
+from ..sm90_pairs_kernel import exp2, launch_dependents, opaque_zero
 from .sm90_bounded_scales_fill_kernel import (
-    BARRIERS,
-    BIAS,
-    BY_THREAD,
-    C0_OVER_C2,
-    C1_OVER_C3,
-    C2,
-    C3,
-    DECAY,
-    FLAT,
-    FREE,
-    FULL,
-    K_ROPE,
-    K_SLOTS,
-    LAST_FULL,
-    P_FREE,
-    P_FULL,
-    Q_FULL,
-    Q_MET,
-    Q_ROPE,
-    ROPE_FREE,
-    ROW_BY_THREAD,
-    UNIT,
-    VECTORS,
-    P,
+    RAW,
+    RAW_SLOTS,
+    S0_OVER_S1,
+    S1_OVER_S2,
+    S2_OVER_S3,
+    S3,
+    Shared,
     fill,
+    pair_count,
 )
-from .sm90_many_heads_fill_kernel import F16, VECTOR, chunk_dims, tile_count
+from .sm90_many_heads_fill_kernel import F16, VECTOR
 from .sm90_many_heads_shared_kernel import (
     LOWEST,
-    NARROW,
     O_MMA,
     O_ROW,
     P_OPERAND,
     S_COLUMN,
     S_MMA,
     S_ROW,
+    SUMS,
     SUMS_ROW,
     WIDE,
     WIDE_F32,
@@ -83,23 +70,25 @@ from .sm90_many_heads_shared_kernel import (
     thread_sums,
 )
 
-W_COLUMN = gl.constexpr(gl.SliceLayout(0, P_OPERAND))
 # Programs that an H100 or H200 has room for at once.
 ONE_WAVE = gl.constexpr(132)
 
-# Queries: 4 lanes hold 64 contiguous bytes of a row, so that its maximum takes two shuffles.
+# Queries in shared memory: eight lanes read a row of a panel.
 QUERY = gl.constexpr(
     gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 16], [0, 32], [0, 128], [8, 0]],
-        lane_bases=[[0, 64], [0, 8], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
+        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 64], [0, 128], [16, 0], [32, 0]],
+        lane_bases=[[0, 8], [0, 16], [0, 32], [1, 0], [2, 0]],
+        warp_bases=[[4, 0], [8, 0]],
         block_bases=[],
         shape=[64, 256],
     )
 )
 QUERY_ROW = gl.constexpr(gl.SliceLayout(1, QUERY))
-# Scales of the columns of S that a thread holds: 16 in a row.
-COLUMNS = gl.constexpr(
+# The RoPE part, an operand in registers.
+Q_ROPE = gl.constexpr(gl.DotOperandLayout(0, S_MMA, 2))
+ROPE_ROW = gl.constexpr(gl.SliceLayout(1, Q_ROPE))
+# Values by token of the columns of S that a thread holds: 16 in a row.
+BY_THREAD = gl.constexpr(
     gl.DistributedLinearLayout(
         reg_bases=[[1], [2], [4], [8]],
         lane_bases=[[16], [32], [0], [0], [0]],
@@ -108,301 +97,320 @@ COLUMNS = gl.constexpr(
         shape=[64],
     )
 )
-
-
-@gluon.jit
-def load_query(q, stride_h, heads, HALF: gl.constexpr):
-    """[64, 256] of the latent part, columns in the order of `chunk_dims`; 0 past the last head."""
-    row = gl.arange(0, 64, layout=QUERY_ROW)
-    dims = chunk_dims(gl.arange(0, 256, layout=gl.SliceLayout(0, QUERY))) + HALF * 256
-    at = row[:, None].to(gl.int64) * stride_h + dims[None, :]
-    return gl.load(q + at, mask=(row < heads)[:, None], other=0.0)
-
-
-@gluon.jit
-def query_top(query, other, exchange, bars, HALF: gl.constexpr):
-    """Largest |q| of each row, [64] float32; the warpgroups have half of a row each.
-
-    other: [64] float32, the largest |q| of a part of the row that is not in `query`.
-    """
-    top = gl.maximum(gl.max(gl.abs(query.to(gl.float32)), 1), other)
-    exchange.slice(HALF * 64, 64).store(top)
-    barrier()
-    mbarrier.arrive(bars.index(Q_MET), count=1)
-    mbarrier.wait(bars.index(Q_MET), 0)
-    return gl.maximum(top, exchange.slice(64 - HALF * 64, 64).load(QUERY_ROW))
-
-
-@gluon.jit
-def wait_half(bars, half):
-    """Wait for half tile `half` (2 i is the left half of tile i) and return its slot."""
-    mbarrier.wait(bars.index(FULL + half % 3), (half // 3) & 1)
-    return half % 3
-
-
-@gluon.jit
-def softmax(s, biases, stage, factor, peak, fraction):
-    """p [64, 64] relative to 2^base, at most 1, the new peak and base; log2 domain.
-
-    base + fraction is an integer. The minimum with +-inf masks invalid tokens even where q is
-    NaN: it drops NaN for the other operand, and +inf for a NaN logit still ends as NaN.
-    """
-    bias = reinterpret(biases, gl.float16, [2, 64], VECTOR).index(stage)
-    limit = bias.load(S_COLUMN).to(gl.float32)
-    s = gl.minimum(s * factor[:, None], limit[None, :])
-    peak = gl.maximum(peak, gl.max(s, 1))
-    base = gl.maximum(gl.ceil(peak + fraction) - fraction, LOWEST)
-    return exp2(s - base[:, None]), peak, base
-
-
-@gluon.jit
-def weigh(p, scale):
-    """p [64, n] times a group's scales [n], fp16."""
-    p, scale = gl.broadcast(p, scale[None, :])
-    return gl.inline_asm_elementwise(
-        "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [p, scale], dtype=gl.float16, is_pure=True, pack=2
+# P is exchanged as each thread holds it: 32 values, four vectors of 16 bytes.
+P_VECTORS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[1], [2], [4], [1024], [2048]],
+        lane_bases=[[8], [16], [32], [64], [128]],
+        warp_bases=[[256], [512]],
+        block_bases=[],
+        shape=[4096],
     )
+)
 
 
 @gluon.jit
-def group_weights(weights, stage, GROUP: gl.constexpr):
-    return reinterpret(weights, gl.float16, [8, 64], VECTOR).index(stage * 4 + GROUP)
+def copy_query(q, stride_h, heads, target, HALF: gl.constexpr):
+    """Start copying [64, 256] of the latent part; 0 past the last head."""
+    row = gl.arange(0, 64, layout=QUERY_ROW)
+    dims = gl.arange(0, 256, layout=gl.SliceLayout(0, QUERY)) + HALF * 256
+    at = (row[:, None].to(gl.int64) * stride_h) * 8 + dims[None, :]
+    at = gl.max_contiguous(gl.multiple_of(at, [1, 8]), [1, 8])
+    async_load(target, q + at, mask=(row < heads)[:, None])
+    async_copy.commit_group()
 
 
 @gluon.jit
-def by_column(table):
-    """A table's row [64], stored by thread, as columns of S."""
-    values = table.load(COLUMNS).reshape([4, 8, 2]).permute((1, 0, 2)).reshape([64])
+def query(q, stride_h, heads, shared, HALF: gl.constexpr):
+    """Put this consumer's half of Q, scaled, into shared memory.
+
+    Returns the RoPE part, scaled, as an operand, and the power of two per row [64].
+    """
+    q_half = shared.q_left if HALF == 0 else shared.q_right
+    raw = reinterpret(q_half, gl.bfloat16, [1, 64, 256], F16).index(0)
+    copy_query(q, stride_h, heads, raw, HALF)
+    row = gl.arange(0, 64, layout=ROPE_ROW)
+    dims = 512 + gl.arange(0, 64, layout=gl.SliceLayout(0, Q_ROPE))
+    at = (row[:, None].to(gl.int64) * stride_h) * 8 + dims[None, :]
+    at = gl.max_contiguous(gl.multiple_of(at, [1, 2]), [1, 2])
+    rope = gl.load(q + at, mask=(row < heads)[:, None], other=0.0)
+    shared.sums.index(2 + HALF).store(gl.max(gl.abs(rope.to(gl.float32)), 1))
+    async_copy.wait_group(0)
+    barrier()
+    latent = raw.load(QUERY)
+    top = gl.max(gl.abs(latent.to(gl.float32)), 1)
+    top = gl.maximum(top, shared.sums.index(2 + HALF).load(QUERY_ROW))
+    shared.sums.index(HALF).store(top)
+    barrier()
+    mbarrier.arrive(shared.q_met, count=1)
+    mbarrier.wait(shared.q_met, 0)
+    power = query_power(gl.maximum(top, shared.sums.index(1 - HALF).load(QUERY_ROW)))
+    q_half.index(0).store((latent.to(gl.float32) * power[:, None]).to(gl.float16))
+    shared.sums.index(2 + HALF).store(power)
+    fence_async_shared()
+    barrier()
+    mbarrier.arrive(shared.q_full, count=1)
+    rope_power = shared.sums.index(2 + HALF).load(ROPE_ROW)
+    rope = (rope.to(gl.float32) * rope_power[:, None]).to(gl.bfloat16)
+    return rope, shared.sums.index(2 + HALF).load(S_ROW)
+
+
+@gluon.jit
+def by_thread(table, ROW: gl.constexpr):
+    """A table's row, values by token, as columns of S."""
+    values = reinterpret(table, table.dtype, [8, 64], VECTOR).index(ROW).load(BY_THREAD)
+    values = values.reshape([4, 8, 2]).permute((1, 0, 2)).reshape([64])
     return gl.convert_layout(values, S_COLUMN, assert_trivial=True)[None, :]
 
 
 @gluon.jit
-def column_scales(ratios, stage, ROW: gl.constexpr):
-    return by_column(reinterpret(ratios, gl.float32, [8, 64], VECTOR).index(stage * 4 + ROW))
+def multiply(q, k, s):
+    """Start adding q k^T to s."""
+    return warpgroup_mma(q, k.permute((1, 0)), warpgroup_mma_init(s), is_async=True)
 
 
 @gluon.jit
-def multiply(q, k, s, FIRST: gl.constexpr):
-    """Start adding q k^T to s, or replacing s if FIRST."""
-    if FIRST:
-        zeros = gl.full([64, 64], 0.0, gl.float32, layout=S_MMA)
-        return warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    else:
-        return warpgroup_mma(q, k.permute((1, 0)), warpgroup_mma_init(s), is_async=True)
+def tile_logits(shared, rope, HALF: gl.constexpr, zero, phase, factor):
+    """Logits of a tile of the pair in the log2 domain, [64, 64], -inf for masked tokens.
 
-
-@gluon.jit
-def logits(s0, latent, zero, k, ratios, inverses, stage, right, bars):
-    """All logits of a tile, [64, 64].
-
-    s0: the RoPE product, in flight; k: the tile's left half; right: the number of its right half.
-    One accumulator is rescaled while the other's product runs.
+    Each scale is loaded before the product that it waits for: later it would queue behind the
+    products' operands.
     """
-    q = latent.index(zero)
-    s1 = multiply(q.slice(128, 128, dim=1), k.slice(128, 128, dim=1), 0.0, True)
-    s0 = warpgroup_mma_wait(1, deps=[s0])
-    barrier()
-    mbarrier.arrive(bars.index(ROPE_FREE), count=1)
-    s0 = s0 * by_column(reinterpret(inverses, gl.float32, [2, 64], VECTOR).index(stage))
-    s0 = multiply(q.slice(0, 128, dim=1), k.slice(0, 128, dim=1), s0, False)
-    s1 = warpgroup_mma_wait(1, deps=[s1])
-    s1 = s1 * column_scales(ratios, stage, C1_OVER_C3)
-    k = latent.index(K_SLOTS + wait_half(bars, right))
-    q = latent.index(zero + 1)
-    s1 = multiply(q.slice(128, 128, dim=1), k.slice(128, 128, dim=1), s1, False)
-    s0 = warpgroup_mma_wait(1, deps=[s0])
-    s0 = s0 * column_scales(ratios, stage, C0_OVER_C2)
-    s0 = multiply(q.slice(0, 128, dim=1), k.slice(0, 128, dim=1), s0, False)
-    s1 = warpgroup_mma_wait(1, deps=[s1])
-    s1 = s1 * column_scales(ratios, stage, C3)
-    s0 = warpgroup_mma_wait(0, deps=[s0])
-    return gl.fma(s0, gl.zeros_like(s0) + column_scales(ratios, stage, C2), s1)
+    mbarrier.wait(shared.left_full.index(HALF), phase)
+    ratio = by_thread(shared.tables, 4 * HALF + S0_OVER_S1)
+    q = shared.q_left.index(zero)
+    k = shared.k_left.index(HALF + zero)
+    s = warpgroup_mma(
+        q.slice(0, 128, dim=1),
+        k.slice(0, 128, dim=1).permute((1, 0)),
+        gl.full([64, 64], 0.0, gl.float32, layout=S_MMA),
+        use_acc=False,
+        is_async=True,
+    )
+    s = warpgroup_mma_wait(0, deps=[s]) * ratio
+    ratio = by_thread(shared.tables, 4 * HALF + S1_OVER_S2)
+    s = multiply(q.slice(128, 128, dim=1), k.slice(128, 128, dim=1), s)
+    s = warpgroup_mma_wait(0, deps=[s]) * ratio
+    ratio = by_thread(shared.tables, 4 * HALF + S2_OVER_S3)
+    mbarrier.wait(shared.right_full.index(HALF), phase)
+    q = shared.q_right.index(zero)
+    k = shared.k_right.index(HALF + zero)
+    s = multiply(q.slice(0, 128, dim=1), k.slice(0, 128, dim=1), s)
+    s = warpgroup_mma_wait(0, deps=[s]) * ratio
+    ratio = by_thread(shared.tables, 4 * HALF + S3)
+    s = multiply(q.slice(128, 128, dim=1), k.slice(128, 128, dim=1), s)
+    s = warpgroup_mma_wait(0, deps=[s]) * gl.abs(ratio)
+    s = multiply(rope, shared.k_rope.index(HALF + zero), s)
+    s = warpgroup_mma_wait(0, deps=[s])
+    # The scale of an invalid token is negative. Its logit may be anything, as K is 0, not Q.
+    return gl.where(ratio < 0.0, float("-inf"), s * factor[:, None])
 
 
 @gluon.jit
-def publish(p, decay, small, vectors, bars, i):
-    """Hand tile i's p and the factor for the output so far to the other warpgroup.
-
-    It reads them with ordinary loads, so that no proxy fence is needed.
-    """
-    mbarrier.wait(bars.index(P_FREE), (i & 1) ^ 1)
-    reinterpret(small.index(P), gl.float16, [64, 64], F16).store(p)
-    vectors.index(DECAY).store(decay)
-    barrier()
-    mbarrier.arrive(bars.index(P_FULL), count=1)
+def store_p(p, target):
+    """Store p [64, 64] fp16 so that a thread's 32 values are 4 vectors of 16 bytes."""
+    parts = p.reshape([4, 2, 8, 4, 2, 4, 2]).permute((3, 0, 2, 5, 4, 1, 6))
+    reinterpret(target, gl.float16, [4096], VECTOR).store(parts.reshape([4096]))
 
 
 @gluon.jit
-def start_values(p, weights, stage, k, acc0, acc1):
-    """Start adding a tile's values of the left two groups."""
-    w0 = weigh(p, group_weights(weights, stage, 0).load(S_COLUMN))
-    w1 = weigh(p, group_weights(weights, stage, 1).load(S_COLUMN))
-    w0 = gl.convert_layout(w0, P_OPERAND)
-    w1 = gl.convert_layout(w1, P_OPERAND)
-    k0 = k.slice(0, 128, dim=1)
-    k1 = k.slice(128, 128, dim=1)
-    acc0 = warpgroup_mma(w0, k0, warpgroup_mma_init(acc0), is_async=True)
-    acc1 = warpgroup_mma(w1, k1, warpgroup_mma_init(acc1), is_async=True)
+def load_p(source):
+    """What `store_p` stored, in the threads that stored it."""
+    parts = reinterpret(source, gl.float16, [4096], VECTOR).load(P_VECTORS)
+    parts = parts.reshape([4, 4, 8, 4, 2, 2, 2]).permute((1, 5, 2, 0, 4, 3, 6))
+    return gl.convert_layout(parts.reshape([64, 64]), S_MMA, assert_trivial=True)
+
+
+@gluon.jit
+def weigh(p, scale):
+    """p [64, n] times a group's scales [1, n], fp16, as an operand."""
+    p, scale = gl.broadcast(p, scale)
+    weights = gl.inline_asm_elementwise(
+        "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [p, scale], dtype=gl.float16, is_pure=True, pack=2
+    )
+    return gl.convert_layout(weights, P_OPERAND)
+
+
+@gluon.jit
+def add_values(p, decay, shared, TILE: gl.constexpr, zero, acc0, acc1, HALF: gl.constexpr):
+    """Start adding a tile's values of this consumer's two groups, after rescaling by `decay`."""
+    values = shared.k_left if HALF == 0 else shared.k_right
+    values = values.index(TILE + zero)
+    w0 = weigh(p, by_thread(shared.weights, 4 * TILE + 2 * HALF))
+    w1 = weigh(p, by_thread(shared.weights, 4 * TILE + 2 * HALF + 1))
+    decay = gl.convert_layout(decay, O_ROW)[:, None]
+    acc0 = warpgroup_mma_init(acc0 * decay)
+    acc1 = warpgroup_mma_init(acc1 * decay)
+    acc0 = warpgroup_mma(w0, values.slice(0, 128, dim=1), acc0, is_async=True)
+    acc1 = warpgroup_mma(w1, values.slice(128, 128, dim=1), acc1, is_async=True)
     return acc0, acc1
 
 
 @gluon.jit
-def store_output(acc0, acc1, factor, latent, out, heads, HALF: gl.constexpr):
-    """Two groups of the output through shared memory to 16-byte stores.
+def decay_sums(total, decay):
+    return total * gl.convert_layout(decay, SUMS_ROW)[:, None]
 
-    The left half takes Q's place, which the last logits were the last to read, the right half the
-    first slots of K, free once both warpgroups have their last products.
-    """
+
+@gluon.jit
+def publish(shared, p, base, HALF: gl.constexpr, zero):
+    """Hand a tile's P and the running base to the other consumer, which reads them with ordinary
+    loads, so that no proxy fence is needed."""
+    shared.base.index(HALF).store(base)
+    store_p(p, shared.k_rope.index(HALF + zero))
+    barrier()
+    mbarrier.arrive(shared.p_full.index(HALF), count=1)
+
+
+@gluon.jit
+def store_output(acc0, acc1, factor, shared, out, heads, HALF: gl.constexpr):
+    """The consumer's half of the output through its half of K to 16-byte stores."""
     dtype: gl.constexpr = out.dtype.element_ty
     bits: gl.constexpr = dtype.primitive_bitwidth
     layout: gl.constexpr = WIDE if bits == 16 else WIDE_F32
-    count: gl.constexpr = 96 // bits
-    shared = reinterpret(latent, dtype, [count, 64, 256], gl.NVMMASharedLayout(128, bits, 2))
-    shared = shared.index(HALF * count // 3)
+    values = shared.k_left if HALF == 0 else shared.k_right
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, bits, 2)
+    staging = reinterpret(values, dtype, [32 // bits, 64, 256], swizzled).index(0)
     factor = gl.convert_layout(factor, O_ROW)[:, None]
-    shared.slice(0, 128, dim=1).store((acc0 * factor).to(dtype))
-    shared.slice(128, 128, dim=1).store((acc1 * factor).to(dtype))
+    staging.slice(0, 128, dim=1).store((acc0 * factor).to(dtype))
+    staging.slice(128, 128, dim=1).store((acc1 * factor).to(dtype))
     barrier()
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    dims = chunk_dims(gl.arange(0, 256, layout=gl.SliceLayout(0, layout))) + HALF * 256
+    dims = gl.arange(0, 256, layout=gl.SliceLayout(0, layout)) + HALF * 256
     at = row[:, None] * 512 + dims[None, :]
-    gl.store(out + at, shared.load(layout), mask=(row < heads)[:, None])
+    gl.store(out + at, staging.load(layout), mask=(row < heads)[:, None])
 
 
 @gluon.jit
-def attend_left(
-    q, stride_h, sink, out, lse, max_logits, heads, limit, scale_log2,
-    latent, small, ratios, inverses, weights, vectors, bars,
-    SPLIT: gl.constexpr, HAS_SINK: gl.constexpr, WANT_MAX: gl.constexpr,
+def attend_half(
+    q, stride_h, sink, out, lse, max_logits, heads, limit, scale_log2, shared,
+    SPLIT: gl.constexpr, HAS_SINK: gl.constexpr, WANT_MAX: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
-    """Logits, softmax, lse, and the left half of the output."""
-    tiles = tile_count(limit)
-    exchange = reinterpret(small.index(P), gl.float32, [2048], VECTOR)
-    query = load_query(q, stride_h, heads, 0)
-    power = query_power(query_top(query, 0.0, exchange, bars, 0))
-    latent.index(0).store((query.to(gl.float32) * power[:, None]).to(gl.float16))
-    exchange.slice(128, 64).store(scale_log2 / power)
-    fence_async_shared()
-    barrier()
-    factor = exchange.slice(128, 64).load(S_ROW)
-    mbarrier.wait(bars.index(Q_FULL), 0)
+    """A consumer: logits and softmax of one tile of each pair, half of the output's columns."""
+    values_free = shared.left_free if HALF == 0 else shared.right_free
+    pairs = pair_count(limit)
+    rope, power = query(q, stride_h, heads, shared, HALF)
+    factor = scale_log2 / power
     row = gl.arange(0, 64, layout=S_ROW)
-    ok = row < heads
     # Differs by head, so that equal logits do not all round the same way.
     fraction = ((row * 37) & 63).to(gl.float32) * (1.0 / 64)
-
     peak = gl.full([64], float("-inf"), gl.float32, layout=S_ROW)
-    k = latent.index(K_SLOTS + wait_half(bars, 0))
-    s = multiply(small.index(Q_ROPE), small.index(K_ROPE), 0.0, True)
-    s = logits(s, latent, 0, k, ratios, inverses, 0, 1, bars)
-    p, peak, base = softmax(s, vectors.index(BIAS), 0, factor, peak, fraction)
-    decay = exp2(LOWEST - base)
-    total = thread_sums(p)
-    p = p.to(gl.float16)
+    base = gl.full([64], LOWEST, gl.float32, layout=S_ROW)
+    total = gl.full([64, 4], 0.0, gl.float32, layout=SUMS)
     acc0 = gl.full([64, 128], 0.0, gl.float32, layout=O_MMA)
     acc1 = gl.full([64, 128], 0.0, gl.float32, layout=O_MMA)
-    for i in range(tiles - 1):
-        # An index of 0 that the compiler does not know keeps it from hoisting the descriptors of
-        # Q out of the loop, where they spill.
-        zero = i >> 30
-        k = latent.index(K_SLOTS + (2 * i) % 3)
-        next0, next1 = start_values(p, weights, i & 1, k, acc0, acc1)
-        publish(p, decay, small, vectors, bars, i)
-        k = latent.index(K_SLOTS + wait_half(bars, 2 * i + 2))
-        s = multiply(small.index(zero), small.index(K_ROPE), 0.0, True)
-        next0, next1 = warpgroup_mma_wait(1, deps=[next0, next1])
+    mbarrier.wait(shared.q_full, 0)
+    for j in range(pairs):
+        zero = opaque_zero(j)
+        phase = j & 1
+        if HALF == 0:
+            s = tile_logits(shared, rope, 0, zero, phase, factor)
+            top = gl.max(s, 1)
+            if WANT_MAX:
+                peak = gl.maximum(peak, top)
+            # p reaches 2^7.
+            raised = gl.maximum(gl.ceil(top + fraction) - (fraction + 7.0), LOWEST)
+            even_base = gl.maximum(base, raised)
+            p = exp2(s - even_base[:, None])
+            part = thread_sums(p)
+            p = p.to(gl.float16)
+            publish(shared, p, even_base, 0, zero)
+            decay = exp2(base - even_base)
+            acc0, acc1 = add_values(p, decay, shared, 0, zero, acc0, acc1, HALF)
+            total = decay_sums(total, decay) + part
+            acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0, acc1])
+            barrier()
+            mbarrier.arrive(values_free.index(0), count=1)
+
+            mbarrier.wait(shared.p_full.index(1), phase)
+            base = shared.base.index(1).load(S_ROW)
+            decay = exp2(even_base - base)
+            total = decay_sums(total, decay)
+            p = load_p(shared.k_rope.index(1 + zero))
+            acc0, acc1 = add_values(p, decay, shared, 1, zero, acc0, acc1, HALF)
+        else:
+            mbarrier.wait(shared.p_full.index(0), phase)
+            even_base = shared.base.index(0).load(S_ROW)
+            decay = exp2(base - even_base)
+            p = load_p(shared.k_rope.index(zero))
+            acc0, acc1 = add_values(p, decay, shared, 0, zero, acc0, acc1, HALF)
+            total = decay_sums(total, decay)
+            acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0, acc1])
+            barrier()
+            mbarrier.arrive(values_free.index(0), count=1)
+
+            s = tile_logits(shared, rope, 1, zero, phase, factor)
+            top = gl.max(s, 1)
+            if WANT_MAX:
+                peak = gl.maximum(peak, top)
+            raised = gl.maximum(gl.ceil(top + fraction) - (fraction + 7.0), LOWEST)
+            base = gl.maximum(even_base, raised)
+            p = exp2(s - base[:, None])
+            part = thread_sums(p)
+            p = p.to(gl.float16)
+            publish(shared, p, base, 1, zero)
+            decay = exp2(even_base - base)
+            total = decay_sums(total, decay) + part
+            acc0, acc1 = add_values(p, decay, shared, 1, zero, acc0, acc1, HALF)
+        acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0, acc1])
         barrier()
-        mbarrier.arrive(bars.index(FREE + (2 * i) % 3), count=1)
-        other = (i + 1) & 1
-        s = logits(s, latent, zero, k, ratios, inverses, other, 2 * i + 3, bars)
-        old = base
-        p, peak, base = softmax(s, vectors.index(BIAS), other, factor, peak, fraction)
-        decay = exp2(old - base)
-        acc0 = next0 * gl.convert_layout(decay, O_ROW)[:, None]
-        acc1 = next1 * gl.convert_layout(decay, O_ROW)[:, None]
-        total = total * gl.convert_layout(decay, SUMS_ROW)[:, None] + thread_sums(p)
-        p = p.to(gl.float16)
-    last = tiles - 1
-    k = latent.index(K_SLOTS + (2 * last) % 3)
-    next0, next1 = start_values(p, weights, last & 1, k, acc0, acc1)
-    publish(p, decay, small, vectors, bars, last)
-    acc0, acc1 = warpgroup_mma_wait(0, deps=[next0, next1])
+        mbarrier.arrive(values_free.index(1), count=1)
 
     total = gl.convert_layout(gl.sum(total, 1), S_ROW)
-    lse_log2 = base + log2(total)
-    lse_log2 = gl.where(total == 0.0, float("-inf"), lse_log2)
-    inverse = gl.where(total == 0.0, 0.0, vectors.index(UNIT).load(S_ROW) / total)
-    if SPLIT:
-        gl.store(lse + row, lse_log2, mask=ok)
-    else:
-        gl.store(lse + row, lse_log2 * 0.6931471805599453, mask=ok)
-        if HAS_SINK:
-            # exp(lse) / (exp(lse) + exp(sink)); +inf gives 0, -inf must not meet lse -inf
-            bar = gl.load(sink + row, mask=ok, other=0.0) * 1.4426950408889634
-            share = 1.0 / (1.0 + exp2(bar - lse_log2))
-            inverse = inverse * gl.where((bar == float("-inf")) | (total == 0.0), 1.0, share)
+    shared.sums.index(HALF).store(total)
+    if WANT_MAX:
+        shared.sums.index(2 + HALF).store(peak)
+    barrier()
+    mbarrier.arrive(shared.sums_full, count=1)
+    mbarrier.wait(shared.sums_full, 0)
+    total = total + shared.sums.index(1 - HALF).load(S_ROW)
+    ok = row < heads
+    lse_log2 = gl.where(total == 0.0, float("-inf"), base + log2(total))
+    inverse = gl.where(total == 0.0, 0.0, shared.unit.load(S_ROW) / total)
+    if HAS_SINK and not SPLIT:
+        # exp(lse) / (exp(lse) + exp(sink)); +inf gives 0, -inf must not meet lse -inf
+        bar = gl.load(sink + row, mask=ok, other=0.0) * 1.4426950408889634
+        share = 1.0 / (1.0 + exp2(bar - lse_log2))
+        inverse = inverse * gl.where((bar == float("-inf")) | (total == 0.0), 1.0, share)
+    if HALF == 0:
+        if SPLIT:
+            gl.store(lse + row, lse_log2, mask=ok)
+        else:
+            gl.store(lse + row, lse_log2 * 0.6931471805599453, mask=ok)
         if WANT_MAX:
+            peak = gl.maximum(peak, shared.sums.index(3).load(S_ROW))
             gl.store(max_logits + row, peak * 0.6931471805599453, mask=ok)
-    mbarrier.wait(bars.index(P_FREE), (tiles & 1) ^ 1)
-    exchange.slice(0, 64).store(inverse)
-    barrier()
-    mbarrier.arrive(bars.index(LAST_FULL), count=1)
-    store_output(acc0, acc1, inverse, latent, out, heads, 0)
+    store_output(acc0, acc1, inverse, shared, out, heads, HALF)
 
 
-@gluon.jit
-def attend_right(
-    q, stride_h, out, heads, limit,
-    latent, small, weights, vectors, bars,
-):  # fmt: skip
-    """The right half of the output, from the p that the left warpgroup publishes."""
-    tiles = tile_count(limit)
-    exchange = reinterpret(small.index(P), gl.float32, [2048], VECTOR)
-    p_shared = reinterpret(small.index(P), gl.float16, [64, 64], F16)
-    query = load_query(q, stride_h, heads, 1)
-    row = gl.arange(0, 64, layout=gl.SliceLayout(1, NARROW))
-    dims = 512 + gl.arange(0, 64, layout=gl.SliceLayout(0, NARROW))
-    at = row[:, None].to(gl.int64) * stride_h + dims[None, :]
-    rope = gl.load(q + at, mask=(row < heads)[:, None], other=0.0)
-    exchange.slice(192, 64).store(gl.max(gl.abs(rope.to(gl.float32)), 1))
-    barrier()
-    rope_top = exchange.slice(192, 64).load(QUERY_ROW)
-    power = query_power(query_top(query, rope_top, exchange, bars, 1))
-    latent.index(1).store((query.to(gl.float32) * power[:, None]).to(gl.float16))
-    exchange.slice(256, 64).store(power)
-    barrier()
-    power = exchange.slice(256, 64).load(gl.SliceLayout(1, NARROW))
-    small.index(Q_ROPE).store((rope.to(gl.float32) * power[:, None]).to(gl.bfloat16))
-    fence_async_shared()
-    barrier()
-    mbarrier.arrive(bars.index(Q_FULL), count=1)
-
-    acc0 = gl.full([64, 128], 0.0, gl.float32, layout=O_MMA)
-    acc1 = gl.full([64, 128], 0.0, gl.float32, layout=O_MMA)
-    for i in range(tiles):
-        mbarrier.wait(bars.index(P_FULL), i & 1)
-        decay = vectors.index(DECAY).load(O_ROW)
-        acc0 = acc0 * decay[:, None]
-        acc1 = acc1 * decay[:, None]
-        p = p_shared.load(P_OPERAND)
-        k = latent.index(K_SLOTS + (2 * i + 1) % 3)
-        w = weigh(p, group_weights(weights, i & 1, 2).load(W_COLUMN))
-        next0 = warpgroup_mma(w, k.slice(0, 128, dim=1), warpgroup_mma_init(acc0), is_async=True)
-        w = weigh(p, group_weights(weights, i & 1, 3).load(W_COLUMN))
-        next1 = warpgroup_mma(w, k.slice(128, 128, dim=1), warpgroup_mma_init(acc1), is_async=True)
-        barrier()
-        mbarrier.arrive(bars.index(P_FREE), count=1)
-        acc0, acc1 = warpgroup_mma_wait(0, deps=[next0, next1])
-        barrier()
-        mbarrier.arrive(bars.index(FREE + (2 * i + 1) % 3), count=1)
-    mbarrier.wait(bars.index(LAST_FULL), 0)
-    inverse = exchange.slice(0, 64).load(O_ROW)
-    store_output(acc0, acc1, inverse, latent, out, heads, 1)
-
-
-@gluon.jit(do_not_specialize=["heads", "head_blocks", "s_q", "topk", "splits", "split_tiles"])
+# One compilation serves all sizes, strides and alignments: Q's strides are in units of 8 elements.
+@gluon.jit(
+    do_not_specialize=[
+        "q_stride_b",
+        "q_stride_s",
+        "q_stride_h",
+        "indices_stride_b",
+        "indices_stride_s",
+        "page_words",
+        "page_size",
+        "last_slot",
+        "s_q",
+        "heads",
+        "head_blocks",
+        "topk",
+        "splits",
+        "split_tiles",
+    ],
+    do_not_specialize_on_alignment=[
+        "indices_ptr",
+        "lengths_ptr",
+        "sink_ptr",
+        "lse_ptr",
+        "max_ptr",
+        "wild_ptr",
+    ],
+)
 def attend_bounded(
-    q_ptr,  # [b, s_q, heads, 576] bf16, strides q_stride_*
+    q_ptr,  # [b, s_q, heads, 576] bf16
     kv_ptr,  # cache bytes as int32, 16-byte aligned
     indices_ptr,  # [b, s_q, topk] int32, strides indices_stride_*
     lengths_ptr,  # [b] int32, or None
@@ -411,7 +419,7 @@ def attend_bounded(
     lse_ptr,  # [splits, b * s_q, heads] float32: natural when unsplit, else log2
     max_ptr,  # [b * s_q, heads] float32 natural, or None; only when unsplit
     wild_ptr,  # [programs, 2] int32, written: not 0 where a scale was out of bounds
-    q_stride_b,
+    q_stride_b,  # strides of q in units of 8 elements
     q_stride_s,
     q_stride_h,
     indices_stride_b,
@@ -444,7 +452,7 @@ def attend_bounded(
     tokens = gl.num_programs(0) // (head_blocks * splits)
     b = (token // s_q).to(gl.int64)
     s = (token % s_q).to(gl.int64)
-    q = q_ptr + b * q_stride_b + s * q_stride_s + head.to(gl.int64) * q_stride_h
+    q = q_ptr + (b * q_stride_b + s * q_stride_s + head.to(gl.int64) * q_stride_h) * 8
     line = indices_ptr + b * indices_stride_b + s * indices_stride_s
     limit = topk
     if lengths_ptr is not None:
@@ -463,33 +471,57 @@ def attend_bounded(
     sink = sink_ptr + head if HAS_SINK else lse
     max_logits = max_ptr + row if WANT_MAX else lse
 
-    latent = gl.allocate_shared_memory(gl.float16, [6, 64, 256], F16)
-    small = gl.allocate_shared_memory(gl.bfloat16, [3, 64, 64], F16)
-    ratios = gl.allocate_shared_memory(gl.float32, [2, 4, 4, 8, 2], BY_THREAD)
-    inverses = gl.allocate_shared_memory(gl.float32, [2, 4, 8, 2], ROW_BY_THREAD)
-    weights = gl.allocate_shared_memory(gl.float16, [2, 4, 64], FLAT)
-    vectors = gl.allocate_shared_memory(gl.float32, [VECTORS, 64], VECTOR)
-    bars = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
-    for k in gl.static_range(BARRIERS):
-        mbarrier.init(bars.index(k), count=2 if k < FREE or k == Q_MET else 1)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    by_thread_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    barriers: gl.constexpr = mbarrier.MBarrierLayout()
+    shared = Shared(
+        gl.allocate_shared_memory(gl.float16, [1, 64, 256], F16),
+        gl.allocate_shared_memory(gl.float16, [1, 64, 256], F16),
+        gl.allocate_shared_memory(gl.float16, [2, 64, 256], F16),
+        gl.allocate_shared_memory(gl.float16, [2, 64, 256], F16),
+        gl.allocate_shared_memory(gl.bfloat16, [2, 64, 64], F16),
+        gl.allocate_shared_memory(gl.float32, [2, 4, 4, 8, 2], by_thread_layout),
+        gl.allocate_shared_memory(gl.float16, [2, 4, 4, 8, 2], by_thread_layout),
+        gl.allocate_shared_memory(gl.float32, [2, 64], plain),
+        gl.allocate_shared_memory(gl.float32, [4, 64], plain),
+        gl.allocate_shared_memory(gl.float32, [64], plain),
+        gl.allocate_shared_memory(gl.int64, [2, 1], barriers),
+        gl.allocate_shared_memory(gl.int64, [2, 1], barriers),
+        gl.allocate_shared_memory(gl.int64, [2, 1], barriers),
+        gl.allocate_shared_memory(gl.int64, [2, 1], barriers),
+        gl.allocate_shared_memory(gl.int64, [2, 1], barriers),
+        gl.allocate_shared_memory(gl.int64, [1], barriers),
+        gl.allocate_shared_memory(gl.int64, [1], barriers),
+        gl.allocate_shared_memory(gl.int64, [1], barriers),
+    )
+    raw0 = gl.allocate_shared_memory(gl.int32, [RAW_SLOTS, 32, 16], RAW)
+    raw1 = gl.allocate_shared_memory(gl.int32, [RAW_SLOTS, 32, 16], RAW)
+    for stage in gl.static_range(2):
+        mbarrier.init(shared.left_full.index(stage), count=2)
+        mbarrier.init(shared.right_full.index(stage), count=2)
+        mbarrier.init(shared.left_free.index(stage), count=1)
+        mbarrier.init(shared.right_free.index(stage), count=1)
+        mbarrier.init(shared.p_full.index(stage), count=1)
+    mbarrier.init(shared.q_met, count=2)
+    mbarrier.init(shared.q_full, count=2)
+    mbarrier.init(shared.sums_full, count=2)
     gl.warp_specialize(
         [
-            (attend_left, (
-                q, q_stride_h, sink, out, lse, max_logits, heads, limit, scale_log2,
-                latent, small, ratios, inverses, weights, vectors, bars, SPLIT,
-                HAS_SINK, WANT_MAX,
+            (attend_half, (
+                q, q_stride_h, sink, out, lse, max_logits, heads, limit, scale_log2, shared,
+                SPLIT, HAS_SINK, WANT_MAX, 0,
             )),
-            (attend_right, (
-                q, q_stride_h, out, heads, limit,
-                latent, small, weights, vectors, bars,
-            )),
-            (fill, (
-                kv_ptr, line, limit, last_slot, page_size, page_words, wild,
-                latent, small, ratios, inverses, weights, vectors, bars, TOKEN_WORDS, PACKED, 0,
+            (attend_half, (
+                q, q_stride_h, sink, out, lse, max_logits, heads, limit, scale_log2, shared,
+                SPLIT, HAS_SINK, WANT_MAX, 1,
             )),
             (fill, (
-                kv_ptr, line, limit, last_slot, page_size, page_words, wild,
-                latent, small, ratios, inverses, weights, vectors, bars, TOKEN_WORDS, PACKED, 1,
+                kv_ptr, line, limit, last_slot, page_size, page_words, wild, raw0,
+                shared, TOKEN_WORDS, PACKED, 0,
+            )),
+            (fill, (
+                kv_ptr, line, limit, last_slot, page_size, page_words, wild, raw1,
+                shared, TOKEN_WORDS, PACKED, 1,
             )),
         ],
         [4, 4, 4],

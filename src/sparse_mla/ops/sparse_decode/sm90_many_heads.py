@@ -38,11 +38,10 @@ class Launch:
     fill_registers: int
 
 
-# H200, topk 2048, in us without the other launch (2 to 5 more, 15 with 512 programs), FlashMLA in
-# the same run in brackets: b=128 h=64 121 (121), b=32 h=64 55 (52), b=64 h=128 118 (100),
-# b=128 h=128 s_q=2 424 (369), b=1 h=64 24 (22). ptxas serialises the products (C7512) if
-# attend_left has less than 224 registers or attend_right less than 192.
-BOUNDED = Launch(right_registers=192, fill_registers=48)
+# H200, topk 2048, in us without the other launch (2 to 3 more), FlashMLA in the same run in brackets:
+# b=128 h=64 117 (120), b=32 h=64 55 (52), b=64 h=128 113 (100), b=128 h=128 s_q=2 407 (370), b=4
+# h=128 s_q=2 38 (30). ptxas serialises the products (C7512) if a consumer holds much more.
+BOUNDED = Launch(right_registers=208, fill_registers=48)
 # H200, topk 2048, in us, FlashMLA in the same run in brackets: b=128 h=64 153 (120), b=32 h=64 69
 # (52), b=64 h=128 146 (99), b=128 h=128 s_q=2 527 (370), b=1 h=64 29 (21). These registers leave a
 # spilled load in a loop.
@@ -98,7 +97,9 @@ def attend(
         part_lse = torch.empty(splits, rows, dtype=torch.float32, device=q.device)
     programs = b * s_q * head_blocks * splits
     wild = torch.empty(programs, 2, dtype=torch.int32, device=q.device)
-    arguments = (
+    if q.data_ptr() % 16 or any(stride % 8 for stride in q.stride()[:-1]):
+        q = q.contiguous()
+    before = (
         q,
         pages[:, : pages.shape[1] // 4 * 4].view(torch.int32),
         indices,
@@ -108,9 +109,8 @@ def attend(
         part_lse,
         max_logits,
         wild,
-        q.stride(0),
-        q.stride(1),
-        q.stride(2),
+    )
+    after = (
         indices.stride(0),
         indices.stride(1),
         pages.stride(0) // 4,
@@ -133,13 +133,17 @@ def attend(
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(q):
         attend_bounded[(programs,)](
-            *arguments,
+            *before,
+            *(stride // 8 for stride in q.stride()[:-1]),
+            *after,
             RIGHT_REGISTERS=BOUNDED.right_registers,
             FILL_REGISTERS=BOUNDED.fill_registers,
             **constants,
         )
         attend_any[(programs,)](
-            *arguments,
+            *before,
+            *q.stride()[:-1],
+            *after,
             AHEAD=AHEAD,
             RIGHT_REGISTERS=ANY.right_registers,
             FILL_REGISTERS=ANY.fill_registers,
