@@ -51,8 +51,8 @@ HANDED_OVER = {
     "ops/dense_decode/sm90_load_kernel.py": (
         "shared.bias.index(stage).store(gl.where(ok, 0.0, -INF))",
     ),
-    # `q_met` and `sums_full`; `p_full` and the other way a tile's `free`; of the tables and the RoPE
-    # part, in whose place P is, `full` and `free`.
+    # `q_met` and `sums_full`; `p_full` and the other way a tile's `free`; of the tables and the
+    # RoPE part, in whose place P is, `full` and `free`.
     "ops/sparse_decode/sm90_bounded_scales_kernel.py": (
         "shared.sums.index(HALF).store(top)",
         "power = query_power(gl.maximum(top, shared.sums.index(1 - HALF).load(QUERY_ROW)))",
