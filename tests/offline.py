@@ -103,11 +103,27 @@ class _Offline:
         return GPUTarget("cuda", self.here.number, 32)
 
 
+PARSING = threading.Lock()
+PARSE = JITFunction.parse
+
+
+def _parse_alone(kernel: JITFunction[Any]) -> Any:
+    """Triton's parse, a thread at a time.
+
+    Before 3.11.8 and 3.12.2 Python counts the depth of all threads' trees in one counter: garbage
+    collection that lets another thread parse made it raise SystemError
+    (https://github.com/python/cpython/issues/106905).
+    """
+    with PARSING:
+        return PARSE(kernel)
+
+
 @contextmanager
 def pool() -> Iterator[ThreadPoolExecutor]:
     """Threads that compile side by side; meanwhile triton sees only the GPU it compiles for."""
     with (
         mock.patch.object(driver, "_active", _Offline()),
+        mock.patch.object(JITFunction, "parse", _parse_alone),
         ThreadPoolExecutor(os.cpu_count()) as threads,
     ):
         yield threads

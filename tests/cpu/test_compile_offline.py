@@ -9,19 +9,24 @@ test`, compiles everything for Hopper in a process of its own: what was measured
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
+
+from triton.runtime.jit import JITFunction  # noqa: E402
 
 import offline  # noqa: E402
 import sanitize  # noqa: E402
@@ -77,6 +82,33 @@ def test_both_ops_of_the_hopper_backend_are_compiled() -> None:
     names = [b.name for b in BUILDS if b.name.startswith("sm_90-sm90-")]
     for part in ("decode-v32_fp8-h8", "decode-v32_fp8-h64", "prefill-bf16-h64", "-options"):
         assert any(part in name for name in names), part
+
+
+class _Pausing:
+    """Garbage in a cycle: collected at any allocation, and another thread runs then."""
+
+    def __init__(self) -> None:
+        self.cycle = self
+
+    def __del__(self) -> None:
+        time.sleep(0)
+
+
+def test_kernels_are_parsed_side_by_side() -> None:
+    kernels = list({id(b.launched.kernel): b.launched.kernel for b in BUILDS}.values())[:8]
+
+    def parse(kernel: JITFunction[Any]) -> str:
+        _Pausing()
+        return str(kernel.parse().body[0].name)
+
+    before = gc.get_threshold()
+    gc.set_threshold(20)
+    try:
+        with offline.pool() as threads:
+            named = list(threads.map(parse, kernels * 20))
+    finally:
+        gc.set_threshold(*before)
+    assert named == [kernel.fn.__name__ for kernel in kernels] * 20
 
 
 USAGE = Usage(168, 12, 8, 230_000, 24, 3, 5, ("C7510",), ("232:12/8", "40:0/0"))
