@@ -151,13 +151,16 @@ def unused_barriers(ttgir: str) -> list[str]:
     is free again, and Triton stores what the partitions are passed there, unordered with it.
     """
     start = re.search(r"ttg\.warp_specialize\(([^)]*)\)", ttgir)
-    if start is None:
+    if start is None and "warp_specialize" not in ttgir:
         return []
+    made = re.findall(rf"ttng\.init_barrier {_VALUE},", ttgir)
+    if start is None or not made:
+        raise ValueError("partitions start, but their barriers or arguments are not found")
     passed = {name.strip() for name in start[1].split(",")}
     views = re.findall(rf"{_VALUE} = ttg\.memdesc_\w+ {_VALUE}", ttgir[: start.start()])
     whole = dict(views)
     unused = []
-    for name in re.findall(rf"ttng\.init_barrier {_VALUE},", ttgir):
+    for name in made:
         root = name
         while root in whole:
             root = whole[root]

@@ -189,6 +189,9 @@ def test_barriers_that_no_partition_uses_are_found() -> None:
     assert usage.unused_barriers(MADE.replace(", %free)", ")")) == ["%free"]
     assert usage.unused_barriers(MADE.replace(" %full, ", " ")) == ["%full"]
     assert usage.unused_barriers(MADE.partition("ttg.warp_specialize")[0]) == []
+    for name in ("ttg.warp_specialize", "ttng.init_barrier"):
+        with pytest.raises(ValueError, match="not found"):
+            usage.unused_barriers(MADE.replace(name, "renamed." + name.partition(".")[2] + "_2"))
 
 
 def _listing(*lines: str) -> str:

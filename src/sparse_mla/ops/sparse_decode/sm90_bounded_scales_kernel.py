@@ -40,7 +40,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..gluon_compat import async_load, barrier, reinterpret
-from ..sm90_pairs_kernel import exp2, launch_dependents, opaque_zero
+from ..sm90_pairs_kernel import LN2, exp2, launch_dependents, opaque_zero
 from .sm90_bounded_scales_fill_kernel import (
     RAW,
     RAW_SLOTS,
@@ -67,6 +67,7 @@ from .sm90_many_heads_shared_kernel import (
     WIDE_F32,
     log2,
     query_power,
+    sink_share,
     thread_sums,
 )
 
@@ -207,6 +208,18 @@ def tile_logits(shared, rope, HALF: gl.constexpr, zero, phase, factor):
 
 
 @gluon.jit
+def softmax(s, top, base, fraction):
+    """The base raised for a tile with maxima `top`, and p relative to 2^base: sums and fp16.
+
+    p reaches 2^7.
+    """
+    raised = gl.maximum(gl.ceil(top + fraction) - (fraction + 7.0), LOWEST)
+    base = gl.maximum(base, raised)
+    p = exp2(s - base[:, None])
+    return base, thread_sums(p), p.to(gl.float16)
+
+
+@gluon.jit
 def store_p(p, target):
     """Store p [64, 64] fp16 so that a thread's 32 values are 4 vectors of 16 bytes."""
     parts = p.reshape([4, 2, 8, 4, 2, 4, 2]).permute((3, 0, 2, 5, 4, 1, 6))
@@ -307,12 +320,7 @@ def attend_half(
             top = gl.max(s, 1)
             if WANT_MAX:
                 peak = gl.maximum(peak, top)
-            # p reaches 2^7.
-            raised = gl.maximum(gl.ceil(top + fraction) - (fraction + 7.0), LOWEST)
-            even_base = gl.maximum(base, raised)
-            p = exp2(s - even_base[:, None])
-            part = thread_sums(p)
-            p = p.to(gl.float16)
+            even_base, part, p = softmax(s, top, base, fraction)
             publish(shared, p, even_base, 0, zero)
             decay = exp2(base - even_base)
             acc0, acc1 = add_values(p, decay, shared, 0, zero, acc0, acc1, HALF)
@@ -342,11 +350,7 @@ def attend_half(
             top = gl.max(s, 1)
             if WANT_MAX:
                 peak = gl.maximum(peak, top)
-            raised = gl.maximum(gl.ceil(top + fraction) - (fraction + 7.0), LOWEST)
-            base = gl.maximum(even_base, raised)
-            p = exp2(s - base[:, None])
-            part = thread_sums(p)
-            p = p.to(gl.float16)
+            base, part, p = softmax(s, top, even_base, fraction)
             publish(shared, p, base, 1, zero)
             decay = exp2(even_base - base)
             total = decay_sums(total, decay) + part
@@ -367,18 +371,16 @@ def attend_half(
     lse_log2 = gl.where(total == 0.0, float("-inf"), base + log2(total))
     inverse = gl.where(total == 0.0, 0.0, shared.unit.load(S_ROW) / total)
     if HAS_SINK and not SPLIT:
-        # exp(lse) / (exp(lse) + exp(sink)); +inf gives 0, -inf must not meet lse -inf
-        bar = gl.load(sink + row, mask=ok, other=0.0) * 1.4426950408889634
-        share = 1.0 / (1.0 + exp2(bar - lse_log2))
-        inverse = inverse * gl.where((bar == float("-inf")) | (total == 0.0), 1.0, share)
+        bar = gl.load(sink + row, mask=ok, other=0.0)
+        inverse = inverse * sink_share(bar, lse_log2, total)
     if HALF == 0:
         if SPLIT:
             gl.store(lse + row, lse_log2, mask=ok)
         else:
-            gl.store(lse + row, lse_log2 * 0.6931471805599453, mask=ok)
+            gl.store(lse + row, lse_log2 * LN2, mask=ok)
         if WANT_MAX:
             peak = gl.maximum(peak, shared.sums.index(3).load(S_ROW))
-            gl.store(max_logits + row, peak * 0.6931471805599453, mask=ok)
+            gl.store(max_logits + row, peak * LN2, mask=ok)
     store_output(acc0, acc1, inverse, shared, out, heads, HALF)
 
 

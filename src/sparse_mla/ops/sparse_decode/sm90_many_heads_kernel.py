@@ -36,7 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..gluon_compat import barrier, reinterpret
-from ..sm90_pairs_kernel import exp2, launch_dependents, wait_for_primary
+from ..sm90_pairs_kernel import LN2, exp2, launch_dependents, wait_for_primary
 from .sm90_many_heads_fill_kernel import (
     BARRIERS,
     BASE,
@@ -73,6 +73,7 @@ from .sm90_many_heads_shared_kernel import (
     WIDE_F32,
     log2,
     query_power,
+    sink_share,
     thread_sums,
 )
 
@@ -389,14 +390,12 @@ def attend_left(
     if SPLIT:
         gl.store(lse + row, lse_log2, mask=ok)
     else:
-        gl.store(lse + row, lse_log2 * 0.6931471805599453, mask=ok)
+        gl.store(lse + row, lse_log2 * LN2, mask=ok)
         if HAS_SINK:
-            # exp(lse) / (exp(lse) + exp(sink)); +inf gives 0, -inf must not meet lse -inf
-            bar = gl.load(sink + row, mask=ok, other=0.0) * 1.4426950408889634
-            share = 1.0 / (1.0 + exp2(bar - lse_log2))
-            inverse = inverse * gl.where((bar == float("-inf")) | (total == 0.0), 1.0, share)
+            bar = gl.load(sink + row, mask=ok, other=0.0)
+            inverse = inverse * sink_share(bar, lse_log2, total)
         if WANT_MAX:
-            gl.store(max_logits + row, peak * 0.6931471805599453, mask=ok)
+            gl.store(max_logits + row, peak * LN2, mask=ok)
     mbarrier.wait(bars.index(P_FREE), (tiles & 1) ^ 1)
     exchange.slice(0, 64).store(inverse)
     barrier()

@@ -3,6 +3,8 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from ..sm90_pairs_kernel import INF, LOG2E, exp2
+
 # A peak (log2 domain) that no logit is below; finite, so that differences of two are 0.
 LOWEST = gl.constexpr(-3.0e38)
 
@@ -52,3 +54,11 @@ def query_power(top):
     bits = (top.to(gl.int32, bitcast=True) >> 23) & 0xFF
     power = gl.minimum(gl.maximum(262 - bits, 1), 254)
     return (power << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def sink_share(sink, lse_log2, total):
+    """exp(lse) / (exp(lse) + exp(sink)); 0 for sink +inf, 1 for -inf or where `total` is 0."""
+    sink = sink * LOG2E
+    share = 1.0 / (1.0 + exp2(sink - lse_log2))
+    return gl.where((sink == -INF) | (total == 0.0), 1.0, share)
